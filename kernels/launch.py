@@ -74,3 +74,15 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def strides(t: Tensor, name: str) -> tuple[int, int, int]:
+    """(image, channel, pixel) strides of t [N, C, H, W], whose pixels must be evenly spaced: row after row."""
+    _, _, h, w = t.shape
+    s_n, s_c, s_h, s_w = t.stride()
+    if h > 1 and w > 1 and s_h != w * s_w:
+        raise ValueError(
+            f"the fused kernels need evenly spaced pixels (stride H == W * stride W); got {name} {tuple(t.shape)} with "
+            f"strides {tuple(t.stride())}; make it contiguous, or contiguous(memory_format=torch.channels_last)"
+        )
+    return s_n, s_c, s_w if w > 1 else s_h

@@ -17,6 +17,27 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 
 
+def _round_bfloat16_to_nearest() -> None:
+    """Triton 3.7's interpreter truncates float32 to bfloat16, where every GPU rounds to nearest even."""
+    try:
+        from triton import language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    convert = interpreter._convert_float
+
+    def convert_float(data, from_type, to_type, rounding):  # numpy in, numpy out; bfloat16 travels as uint16
+        if (from_type, to_type) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data.astype("float32")).bfloat16().view(torch.uint16).numpy()
+        return convert(data, from_type, to_type, rounding)
+
+    interpreter._convert_float = convert_float
+
+
+if not HAS_GPU:
+    _round_bfloat16_to_nearest()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped, with a line in the summary, without one")
 

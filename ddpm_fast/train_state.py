@@ -1,0 +1,126 @@
+"""What a training run leaves on disk so that it can go on after a kill: states, and a log cut back to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+FORMAT = 1
+KEPT_STATES = 2
+_STATE_NAME = re.compile(r"step_(\d{9})\.pt")
+
+
+class ResumeError(ValueError):
+    """A run cannot be continued from what lies in its folder."""
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Writes beside ``path``, flushes to the disk, and renames: ``path`` is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        write(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # the rename itself lives in the directory
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, content: object) -> None:
+    """``content`` as indented JSON, atomically."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda stream: stream.write(text.encode()) and None)
+
+
+def state_paths(folder: Path) -> list[Path]:
+    """The states in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step_*.pt") if _STATE_NAME.fullmatch(path.name))
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> Path:
+    """Writes ``state`` under its step and drops all but the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{state['step']:09d}.pt"
+    write_atomically(path, lambda stream: torch.save(dict(state), stream))
+    for old in state_paths(folder)[:-KEPT_STATES]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_latest_state(folder: Path) -> dict[str, Any] | None:
+    """The newest state that reads, on the CPU; None if there is no state at all.
+
+    Raises ResumeError if there are states and none of them reads.
+    """
+    paths = state_paths(folder)
+    for path in reversed(paths):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            warnings.warn(f"{path} does not read ({error}); trying the one before it", stacklevel=2)
+            continue
+        if state.get("format") != FORMAT:
+            raise ResumeError(f"{path} has state format {state.get('format')}; this version reads {FORMAT}")
+        return state
+    if paths:
+        raise ResumeError(f"none of the {len(paths)} states in {folder} reads; remove the folder to start over")
+    return None
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], adjustable: frozenset[str]) -> None:
+    """Compares what decides a run (nested plain dicts), and raises ResumeError naming every difference.
+
+    A setting that only one side knows (a newer version has more) is not compared.
+    """
+    differences = []
+    for section in now:
+        old, new = saved.get(section), now[section]
+        if not isinstance(new, Mapping) or not isinstance(old, Mapping):
+            if old != new:
+                differences.append(f"{section}: was {old!r}, now {new!r}")
+            continue
+        for key in sorted((set(old) & set(new)) - adjustable):
+            if old[key] != new[key]:
+                differences.append(f"{section}.{key}: was {old[key]!r}, now {new[key]!r}")
+    if differences:
+        raise ResumeError(
+            "a resumed run must have the settings it began with; " + "; ".join(differences) + ". "
+            "Set them back, or train into another folder"
+        )
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drops the lines after ``step``, which the continued run writes again, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(path, lambda stream: stream.write("".join(kept).encode()) and None)
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists, all the way down: equal after a trip through a file."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

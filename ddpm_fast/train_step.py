@@ -1,0 +1,199 @@
+"""One step of training (Ho et al. 2020, Algorithm 1), and the batch that it takes.
+
+Every random draw of step k comes from generators seeded by (seed, k), and the order of the images by
+(seed, epoch). So a step is a function of the weights before it, the settings, the data and k alone; no random
+state is saved, and a resumed run repeats the uninterrupted one bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import train_state
+from .config import UNetConfig
+from .data import DataError, ImageData
+from .diffusion import training_loss
+from .ema import EMA
+from .presets import TrainConfig, learning_rate
+from .unet import UNet
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+# Independent streams of random numbers, each indexed by the step (ORDER: by the epoch).
+INIT, ORDER, FLIP, LABEL, DIFFUSION, DROPOUT = range(6)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What step k trains on, on the device."""
+
+    x0: Tensor  # [N, C, H, W] in [-1, 1]
+    labels: Tensor | None  # [N]
+
+
+def stream_seed(seed: int, stream: int, index: int) -> int:
+    """A 63-bit seed for one stream at one index; unrelated for any two different arguments."""
+    words = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+def generator(seed: int, stream: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one stream at one index, on ``device``."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, stream, index))
+
+
+def batch_index(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:  # [batch_size] int64
+    """The images of 0-based ``step``: the next ones of an endless row of shuffled epochs."""
+    position, end = step * batch_size, (step + 1) * batch_size
+    parts = []
+    while position < end:
+        epoch, start = divmod(position, count)
+        order = torch.randperm(count, generator=generator(seed, ORDER, epoch)).numpy()
+        parts.append(order[start : start + end - position])
+        position += len(parts[-1])
+    return np.concatenate(parts)
+
+
+def make_batch(data: ImageData, config: TrainConfig, step: int, device: torch.device) -> Batch:
+    """Images, flips and dropped labels of ``step``: a function of its arguments alone."""
+    index = batch_index(len(data), config.batch_size, config.seed, step)
+    pixels = torch.from_numpy(data.batch(index))
+    if config.flip:
+        mirrored = torch.rand(len(index), generator=generator(config.seed, FLIP, step)) < 0.5
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+    labels = None
+    if data.labels is not None:
+        labels = torch.from_numpy(data.labels[index])
+        if config.label_dropout > 0:
+            dropped = torch.rand(len(index), generator=generator(config.seed, LABEL, step)) < config.label_dropout
+            labels = labels.masked_fill(dropped, data.num_classes)
+        labels = labels.to(device, non_blocking=True)
+    x0 = pixels.to(device, non_blocking=True).float() / 127.5 - 1
+    return Batch(x0, labels)
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that matrix products run in; weights, EMA and optimizer stay fp32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def check_fit(data: ImageData, model: UNetConfig, config: TrainConfig) -> None:
+    """Raises ValueError if images, classes and network do not belong together."""
+    channels, height, width = data.image_shape
+    if model.in_channels != channels:
+        raise DataError(f"the model's in_channels must be the data's channels {channels}; got {model.in_channels}")
+    size = model.sample_size
+    if size is not None and (size if isinstance(size, tuple) else (size, size)) != (height, width):
+        raise DataError(f"the model's sample_size must be the data's {height}x{width}; got {size}")
+    if model.class_embed_type is not None:
+        raise ValueError(f"training needs class_embed_type None; got {model.class_embed_type!r}")
+    classes = model.num_class_embeds
+    if classes is None:
+        if config.label_dropout > 0:
+            raise ValueError("label_dropout needs a model with num_class_embeds = the data's classes + 1; it has none")
+        return
+    if data.labels is None:
+        raise DataError(f"a model with num_class_embeds={classes} needs labelled data; {data.source} has no labels")
+    if config.label_dropout > 0 and classes != data.num_classes + 1:
+        raise ValueError(
+            f"with label_dropout, num_class_embeds must be the data's {data.num_classes} classes + 1 (the null "
+            f"class, index {data.num_classes}); got {classes}"
+        )
+    if classes < data.num_classes:
+        raise ValueError(f"num_class_embeds must be at least the data's {data.num_classes} classes; got {classes}")
+
+
+class Trainer:
+    """Model, EMA and optimizer, and the step that moves them."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        model_config: UNetConfig,
+        schedule: Schedule,
+        config: TrainConfig,
+        device: torch.device,
+        init_from: nn.Module | None = None,
+    ):
+        check_fit(data, model_config, config)
+        self.data, self.schedule, self.config, self.device = data, schedule, config, device
+        torch.manual_seed(stream_seed(config.seed, INIT, 0))
+        model = UNet(model_config)
+        if init_from is not None:
+            model.load_state_dict(init_from.state_dict())
+        # cuDNN's half-precision convolutions want NHWC. oneDNN was as fast with either at 16x16, so that a CPU
+        # keeps the plain layout.
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.model = model.to(device, memory_format=self.layout).train()  # type: ignore[call-overload]
+        self.ema = EMA(self.model, config.ema_decay)
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.dtype = resolve_precision(config.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def step(self, k: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Step ``k`` (0-based) of Algorithm 1 -> loss and gradient norm before clipping, 0-dim on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, k)
+        torch.manual_seed(stream_seed(self.config.seed, DROPOUT, k))
+        draw = generator(self.config.seed, DIFFUSION, k, self.device)
+        x0 = batch.x0.contiguous(memory_format=self.layout)
+        t = torch.randint(0, self.schedule.num_train_timesteps, (len(x0),), generator=draw, device=self.device)
+        noise = torch.randn(x0.shape, generator=draw, device=self.device)
+        labels = batch.labels if self.model.config.num_class_embeds is not None else None
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = training_loss(self.model, self.schedule, x0, t=t, noise=noise, labels=labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update(self.model, k)
+        return loss.detach(), norm
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the run, as plain values: what a resumed run must have again."""
+        return train_state.plain(
+            {
+                "train": self.config.to_dict(),
+                "model": self.model.config.to_dict(),
+                "schedule": self.schedule.to_dict(),
+                "data": {"digest": self.data.digest(), "images": len(self.data)},
+                "precision": {"dtype": str(self.dtype)},
+            }
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The tensors that change."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state`` returned."""
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])

@@ -55,7 +55,9 @@ def advance(counter_ptr, row, programs):
 
 
 @jit
-def tile_noise(seed_ptr, id_ptr, step, c0, p0, HW, CP: tl.constexpr, BLOCK_P: tl.constexpr, ALIGNED: tl.constexpr):
+def tile_noise(
+    seed_ptr, id_ptr, step, c0, p0, HW: tl.constexpr, CP: tl.constexpr, BLOCK_P: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Noise [CP, BLOCK_P] of channels c0.. and pixels p0.. of the sample whose id is at ``id_ptr``.
 
     ALIGNED (H * W and p0 are multiples of 4): a Philox block never leaves its channel, so each is drawn once.
@@ -97,24 +99,24 @@ def _sampler_step_kernel(
     counter_ptr,
     seed_ptr,
     ids_ptr,
-    C,
-    HW,
-    LOW_C,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    LOW_C: tl.constexpr,
     x_n,
-    x_c,
-    x_p,
+    x_c: tl.constexpr,
+    x_p: tl.constexpr,
     out_n,
-    out_c,
-    out_p,
+    out_c: tl.constexpr,
+    out_p: tl.constexpr,
     y_n,
-    y_c,
-    y_p,
+    y_c: tl.constexpr,
+    y_p: tl.constexpr,
     low_n,
-    low_c,
-    low_p,
+    low_c: tl.constexpr,
+    low_p: tl.constexpr,
     noise_n,
-    noise_c,
-    noise_p,
+    noise_c: tl.constexpr,
+    noise_p: tl.constexpr,
     tiles,
     programs,
     VARIANCE: tl.constexpr,
@@ -125,10 +127,13 @@ def _sampler_step_kernel(
     LOW_CP: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program: CP channels and BLOCK_P pixels of one sample. Strides are of image, channel and pixel."""
+    """One program: CP channels and BLOCK_P pixels of one sample. Strides are of image, channel and pixel.
+
+    What the model fixes is constexpr, so that the compiler sees how wide a load can be; the batch is not.
+    """
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
-    c0 = tl.program_id(1) * CP
+    c0 = tl.program_id(1) * LOW_CP  # the two differ only where one program holds every channel
     p0 = pid % tiles * BLOCK_P
     c, p = c0 + tl.arange(0, CP)[:, None], p0 + tl.arange(0, BLOCK_P)[None, :]
     mask = (c < C) & (p < HW)
@@ -156,15 +161,15 @@ def _initial_noise_kernel(
     low_ptr,
     seed_ptr,
     ids_ptr,
-    C,
-    HW,
-    LOW_C,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    LOW_C: tl.constexpr,
     x_n,
-    x_c,
-    x_p,
+    x_c: tl.constexpr,
+    x_p: tl.constexpr,
     low_n,
-    low_c,
-    low_p,
+    low_c: tl.constexpr,
+    low_p: tl.constexpr,
     tiles,
     HAS_LOW: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -174,7 +179,7 @@ def _initial_noise_kernel(
 ):
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
-    c0 = tl.program_id(1) * CP
+    c0 = tl.program_id(1) * LOW_CP  # the two differ only where one program holds every channel
     p0 = pid % tiles * BLOCK_P
     c, p = c0 + tl.arange(0, CP)[:, None], p0 + tl.arange(0, BLOCK_P)[None, :]
     step = tl.full((), _INITIAL_STEP, tl.uint32)

@@ -1,0 +1,81 @@
+"""Who computes the U-Net: sets of the dozen operations that the network is written in.
+
+An `Ops` value is handed to `UNet.run`; no module asks the environment which one it should be. Feature maps
+are opaque to the network: an operation takes what its own set returned (plain tensors for `reference`), so a
+set may carry more than the pixels along, such as the statistics that the next normalisation needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .kernels import reference as _reference
+from .recording import Record, recording
+
+__all__ = ["Feature", "Ops", "Record", "recording", "reference", "triton"]
+
+Feature = Any  # a feature map as its Ops set represents it; for `reference` a Tensor [N, C, H, W]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One set of operations. Signatures and meaning: the functions of that name in kernels/reference.py.
+
+    `conv` and `upsample_conv` take ``with_stats=True`` as a hint that a normalisation follows; they return
+    the feature map alone and keep the statistics with it where the set uses them.
+    """
+
+    name: str
+    norm_act: Callable[..., Feature]
+    conv: Callable[..., Feature]
+    upsample_conv: Callable[..., Feature]
+    upsample: Callable[[Feature], Feature]
+    downsample: Callable[[Feature], Feature]
+    attention: Callable[[Feature, int], Feature]
+    sampler_step: Callable[..., Tensor]
+    enter: Callable[[Tensor], Feature] = lambda x: x  # a tensor into the set's own form
+    leave: Callable[[Feature], Tensor] = lambda x: x  # and back, for what has no operation here
+    # Why a call (operation, its arguments by name) runs on the reference operation instead; None: it does not.
+    falls_back: Callable[[str, Mapping[str, Any]], str | None] = lambda operation, arguments: None
+
+
+def _conv(*args: Any, with_stats: bool = False, **kwargs: Any) -> Feature:
+    return _reference.conv(*args, **kwargs)
+
+
+def _upsample_conv(*args: Any, with_stats: bool = False, **kwargs: Any) -> Feature:
+    return _reference.upsample_conv(*args, **kwargs)
+
+
+_REFERENCE = Ops(
+    name="reference",
+    norm_act=_reference.norm_act,
+    conv=_conv,
+    upsample_conv=_upsample_conv,
+    upsample=_reference.upsample,
+    downsample=_reference.downsample,
+    attention=_reference.attention,
+    sampler_step=_reference.sampler_step,
+)
+
+
+def reference() -> Ops:
+    """Plain PyTorch: differentiable, any device and dtype, the definition of right."""
+    return _REFERENCE
+
+
+def triton() -> Ops:
+    """The fused kernels, for inference: channels_last feature maps that carry their statistics along.
+
+    Needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1) in bfloat16, float16 or float32. A call that
+    no kernel covers runs on the reference operation, and ``falls_back`` says why. Gradients do not flow.
+
+    Raises RuntimeError where Triton is not installed; the first operation raises it where no kernel can run.
+    """
+    from . import ops_triton
+
+    return ops_triton.build()

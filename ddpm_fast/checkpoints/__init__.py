@@ -1,0 +1,179 @@
+"""Checkpoints: `load` recognises the family of a folder, a file or a hub id; `save` writes the diffusers layout.
+
+A family is one module with a `Family` value: how its tensor names are told, and how they become a `Checkpoint`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import diffusers
+from .diffusers import save
+from .family import Checkpoint, Family, Found
+from .files import CheckpointError, first_line, listing, read_weights
+from .layout import CONFIG, LABELS, MODEL_INDEX, SCHEDULER, UNETS, WEIGHTS, find_weights, locate
+
+__all__ = ["Checkpoint", "CheckpointError", "load", "save"]
+
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pixel-art"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def _has(*parts: str) -> Any:
+    return lambda names: all(any(part in name for name in names) for part in parts)
+
+
+# In this order; the first that fits.
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "conditional U-Net",
+        lambda names: _has("down_blocks.")(names) and any(".attn2." in n or n.startswith("encoder_hid") for n in names),
+        refusal="a U-Net guided by text or images (UNet2DConditionModel); only unconditional ones are supported",
+    ),
+    diffusers.FAMILY,
+    Family(
+        "latent diffusion",
+        lambda names: _has("input_blocks.")(names) and _has("transformer_blocks.")(names),
+        refusal="a latent diffusion model (its U-Net has transformer blocks); only pixel-space DDPMs are supported",
+    ),
+    Family(
+        "OpenAI",
+        lambda names: "time_embed.0.weight" in names and _has("input_blocks.")(names),
+        refusal="an OpenAI improved- or guided-diffusion checkpoint, which is not supported yet",
+    ),
+    Family(
+        "Ho et al.",
+        lambda names: "temb.dense.0.weight" in names,
+        refusal="a checkpoint of Ho et al.'s U-Net (pytorch_diffusion or ddim), which is not supported yet",
+    ),
+    Family(
+        "lucidrains",
+        lambda names: any(n.endswith("init_conv.weight") for n in names) and _has("downs.")(names),
+        refusal="a lucidrains denoising-diffusion-pytorch checkpoint, which is not supported yet",
+    ),
+    Family(
+        "EDM",
+        lambda names: any(n.endswith("map_layer0.weight") for n in names),
+        refusal="an EDM network, whose noise levels are continuous; it is no DDPM and is not supported",
+    ),
+)
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """The model and schedule of a checkpoint.
+
+    source: None for the bundled model; a folder in the diffusers layout, a weights file, or a hub id
+        ("google/ddpm-cifar10-32", with "@revision" at will).
+    preset: settings for weights without a configuration: "google" or "diffusers-default".
+    overrides: fields of UNetConfig or Schedule that win over all else.
+
+    The model is in eval mode, float32, on the CPU; the checkpoint's notes say what was inferred or assumed.
+    Raises CheckpointError, a ValueError of one line.
+    """
+    name = str(BUNDLED if source is None else os.fspath(source))
+    path = _resolve(BUNDLED if source is None else source)
+    layout = locate(path)
+    tensors = unwrap(read_weights(layout.weights), layout.weights)
+    found = Found(
+        source=name,
+        weights=layout.weights,
+        tensors=tensors,
+        config=layout.config,
+        scheduler=layout.scheduler,
+        labels=layout.labels,
+        preset=preset,
+        overrides=dict(overrides or {}),
+        notes=layout.notes,
+    )
+    family = detect(found)
+    assert family.load is not None
+    return family.load(found)
+
+
+def detect(found: Found) -> Family:
+    """The family of these weights, by their names. CheckpointError for one that cannot be loaded, or none."""
+    names = frozenset(found.tensors)
+    for family in FAMILIES:
+        if family.detect(names):
+            if family.load is None:
+                raise CheckpointError(f"{found.weights} is {family.refusal}")
+            return family
+    if found.config is not None:  # a U-Net by its config: its loader says which tensors are missing
+        return diffusers.FAMILY
+    raise CheckpointError(
+        f"{found.weights} is no checkpoint of a known family; its {len(names)} tensors are {listing(sorted(names))}"
+    )
+
+
+def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a weights file holds; prefixes that wrappers leave on every name are stripped.
+
+    Raises CheckpointError that says what the file is, where it is something else.
+    """
+    if isinstance(content, list):
+        raise CheckpointError(f"{path} is a list, as ddim's ckpt.pth is (Ho et al.'s U-Net): not supported yet")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
+    if "param_groups" in content:
+        raise CheckpointError(f"{path} is an optimizer's state, not a model; take the model's file beside it")
+    if "shadow_params" in content or isinstance(content.get("ema"), dict) and "shadow_params" in content["ema"]:
+        raise CheckpointError(f"{path} is a Score-SDE checkpoint, whose weights have no names; not supported")
+    if isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    elif isinstance(content.get("model"), dict) and "ema" in content:
+        raise CheckpointError(f"{path} is a lucidrains denoising-diffusion-pytorch checkpoint: not supported yet")
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    odd = [str(name) for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if odd or not tensors:
+        raise CheckpointError(f"{path} is no state dict: it has {'no tensors' if not tensors else listing(odd)}")
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled, then distributed, or the other way round
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+    return tensors
+
+
+def _resolve(source: str | os.PathLike[str]) -> Path:
+    """The local path of a source, downloaded if it is a hub id."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _download(source)
+    raise CheckpointError(f"{path} does not exist, neither as a folder nor as a file")
+
+
+def _download(hub_id: str) -> Path:
+    """A snapshot of the small JSON files and the preferred weights alone. Code in a repository is never fetched."""
+    import huggingface_hub  # here: loading a local file must not need it
+
+    repo, _, revision = hub_id.partition("@")
+    places = ("", *(f"{name}/" for name in UNETS))
+    small = [MODEL_INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", LABELS, *(f"{p}{CONFIG}" for p in places)]
+    folder = None
+    for kinds in (
+        [f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}-*-of-*.safetensors"],
+        [f"{WEIGHTS}.bin", f"{WEIGHTS}.bin.index.json", f"{WEIGHTS}-*-of-*.bin"],
+        [f"{WEIGHTS}.*"],  # variants
+    ):
+        wanted = small + [f"{place}{kind}" for place in places for kind in kinds]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+        except Exception as error:  # noqa: BLE001 - the hub's errors come from several packages
+            raise CheckpointError(
+                f"{hub_id} is neither a local path nor could it be had from the hub ({first_line(error)})"
+            ) from None
+        if any(find_weights(folder / place) for place in places):
+            break
+    assert folder is not None
+    return folder

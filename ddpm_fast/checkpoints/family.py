@@ -1,0 +1,121 @@
+"""What every family of checkpoints shares: the result, what a family is handed, and the strict fit of its weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import Schedule
+from ..unet import UNet
+from .files import CheckpointError, listing
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: a model in eval mode on the CPU in float32, and the schedule it was trained with."""
+
+    model: UNet
+    schedule: Schedule
+    source: str
+    family: str
+    notes: list[str]  # what was inferred, assumed or chosen
+    labels: list[str] | None = None  # names of the classes, where the checkpoint has them
+
+
+@dataclass(frozen=True)
+class Found:
+    """Weights, and what lay beside them, as a family's loader is handed them."""
+
+    source: str
+    weights: Path  # the file, or the index of its shards
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any] | None = None  # config.json
+    scheduler: dict[str, Any] | None = None  # scheduler_config.json
+    labels: list[str] | None = None
+    preset: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint, told by its tensor names. Without `load` it is recognised only to be refused."""
+
+    name: str
+    detect: Callable[[frozenset[str]], bool]
+    load: Callable[[Found], Checkpoint] | None = None
+    refusal: str = ""  # what the file is, and what to do
+
+
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """CheckpointError for the first name that is not known, with the names close to it."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
+            raise CheckpointError(f"unknown {what} {name!r}; {hint}")
+
+
+def fit(model: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Gives a model built on the meta device these weights, in float32; names and shapes must match exactly.
+
+    tensors: the file's, under the model's own names. Returns notes. Raises CheckpointError naming what differs.
+    """
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    _check_match(found, expected, tensors)
+    _check_storage(found, tensors)
+    state, dtypes = {}, set()
+    for name, tensor in tensors.items():
+        # a copy, so that the model does not hang on a mapped file that may change
+        value = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            raise CheckpointError(f"{found.weights}: {name} holds {bad:,} NaN or infinite values; the file is unusable")
+        state[name] = value
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    model.load_state_dict(state, strict=True, assign=True)
+    model.eval()
+    others = sorted(dtypes - {"float32"})
+    return [f"stored in {', '.join(others)}, loaded as float32"] if others else []
+
+
+def _check_match(found: Found, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unexpected = sorted(name for name in tensors if name not in expected)
+    shapes = [
+        f"{name} (file {list(tensors[name].shape)}, config {list(shape)})"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    counted = ((missing, "missing"), (unexpected, "unexpected"), (shapes, "mis-shaped"))
+    problems = [f"{len(names)} {kind}: {listing(names)}" for names, kind in counted if names]
+    if problems:
+        raise CheckpointError(f"{found.weights} does not fit its configuration: {'; '.join(problems)}")
+
+
+def _check_storage(found: Found, tensors: Mapping[str, Tensor]) -> None:
+    """That these are plain dense numbers which the file really holds: a few bytes can claim terabytes by stride 0."""
+    storages: dict[int, int] = {}
+    claimed = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            kinds = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+            raise CheckpointError(f"{found.weights}: {name} is {tensor.dtype}; weights must be one of {kinds}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise CheckpointError(f"{found.weights}: {name} is not a dense tensor ({tensor.layout}, {tensor.device})")
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        claimed += tensor.numel() * tensor.element_size()
+    if claimed > sum(storages.values()):
+        raise CheckpointError(
+            f"{found.weights}: its tensors claim {claimed:,} bytes, but it stores only {sum(storages.values()):,}"
+        )

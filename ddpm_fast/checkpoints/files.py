@@ -1,0 +1,254 @@
+"""Reading weight and JSON files that a stranger may have made: bounded, checked, running nothing.
+
+What is detected: git-lfs pointers, truncation, a damaged safetensors header, any damage to a zip-format torch.save
+file (its CRCs), and damaged weights in the safetensors files that `save` writes (a CRC in their metadata). The
+safetensors format itself has no checksum: in another program's file a flipped bit of a weight goes unseen unless
+it makes a NaN or an infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+MAX_JSON_BYTES = 4 << 20  # a config is a few KB, an index of 10,000 tensors about 1 MB
+MAX_HEADER_BYTES = 16 << 20
+CRC_FIELD = "ddpm_fast.payload_crc32"
+_LFS = b"version https://git-lfs"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; one line that says which file, what is wrong and what to do."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in path, at most MAX_JSON_BYTES long."""
+    _, size = _head(path)
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} holds {size:,} bytes; a JSON file here has at most {MAX_JSON_BYTES:,}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; it holds a {type(content).__name__}")
+    return content
+
+
+def read_weights(path: Path) -> Any:
+    """What a weights file holds: {name: Tensor} of a safetensors file or of a shard index, whatever a torch.save
+    file has. Tensors are on the CPU and may lie in a mapping of the file. The format is told by the content.
+
+    Raises CheckpointError.
+    """
+    head, _ = _head(path)
+    is_zip = head.startswith(b"PK\x03\x04")
+    if path.suffix == ".json":
+        return read_sharded(path)
+    if path.suffix == ".safetensors" and (is_zip or head.startswith(b"\x80\x02")):
+        raise CheckpointError(f"{path} is a torch.save file under a safetensors name; rename it to .bin")
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return read_safetensors(path)
+    if is_zip or head.startswith(b"\x80"):
+        return read_pickle(path)
+    raise CheckpointError(
+        f"{path} is not a checkpoint: neither a safetensors nor a torch.save file (it begins with {head[:16]!r})"
+    )
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The error's kind and the first line of its message, for a one-line message of ours."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines[0]) <= limit else lines[0][:limit] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _head(path: Path) -> tuple[bytes, int]:
+    """The first bytes and the size of a regular, readable file that is no git-lfs pointer."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file")
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
+    if not head:
+        raise CheckpointError(f"{path} is empty")
+    if head.startswith(_LFS):
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository, or download it"
+        )
+    return head, path.stat().st_size
+
+
+# --- safetensors ---
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose header is consistent with its size and, if it has one, its CRC."""
+    with open(path, "rb") as stream:
+        metadata = _check_header(path, stream)
+        if CRC_FIELD in metadata:
+            _check_crc(path, stream, metadata[CRC_FIELD])
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except Exception as error:  # noqa: BLE001 - a parser of foreign bytes: whatever it says, the file is bad
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from None
+
+
+def _check_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
+    """Leaves stream at the first byte of the tensors; returns the file's metadata."""
+    size = path.stat().st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{path} is damaged or truncated: its header claims {length:,} bytes, the file has {max(size - 8, 0):,} left"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+    try:
+        header = json.loads(stream.read(length).decode("utf-8"))
+        metadata = header.pop("__metadata__", None) or {}
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        end = max(ends, default=0)
+        if not isinstance(metadata, dict) or not isinstance(end, int):
+            raise TypeError("metadata must be an object, offsets integers")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its header is no safetensors header ({first_line(error)})") from None
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path} is damaged or truncated: its header describes {end:,} bytes of tensors, "
+            f"the file holds {size - 8 - length:,}"
+        )
+    return metadata
+
+
+def _check_crc(path: Path, stream: BinaryIO, expected: object) -> None:
+    crc = 0
+    while chunk := stream.read(1 << 20):
+        crc = zlib.crc32(chunk, crc)
+    if f"{crc:08x}" != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its weights have CRC-32 {crc:08x}, its metadata says {expected} "
+            f"(if another program changed the weights on purpose, remove the metadata field {CRC_FIELD})"
+        )
+
+
+def safetensors_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """A safetensors file of contiguous CPU tensors, with the CRC-32 of its weights in the metadata."""
+    from safetensors.torch import save
+
+    plain = save(tensors)
+    start = 8 + int.from_bytes(plain[:8], "little")
+    payload = memoryview(plain)[start:]
+    header = json.loads(plain[8:start])
+    header["__metadata__"] = {"format": "pt", CRC_FIELD: f"{zlib.crc32(payload):08x}"}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the weights aligned to 8 bytes
+    return b"".join((len(text).to_bytes(8, "little"), text, payload))
+
+
+# --- torch.save ---
+
+
+def read_pickle(path: Path) -> Any:
+    """The content of a torch.save file, loaded with weights_only=True and never otherwise."""
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or (int(version[1]), int(version[2])) < (2, 10):
+        raise CheckpointError(
+            f"{path} is a torch.save file, which only torch >= 2.10 reads safely (CVE-2025-32434, CVE-2026-24747); "
+            f"this is {torch.__version__}: upgrade torch, or convert the file to safetensors"
+        )
+    with open(path, "rb") as stream:
+        is_zip = stream.read(4) == b"PK\x03\x04"
+    if is_zip:
+        _check_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # noqa: BLE001 - a parser of foreign bytes: whatever it says, the file is not loaded
+        raise CheckpointError(_refusal(path, error)) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found is None:
+        what = "a TorchScript archive, not a state dict" if "TorchScript" in str(error) else "damaged or no state dict"
+        return f"{path} is {what}: {first_line(error)}"
+    name = found[1].rstrip(".,`'\"")
+    advice = "where you trust it, load it there and save its state dict as safetensors"
+    if "persistence" in name:
+        advice = "it looks like an EDM or StyleGAN snapshot, which carries its own source code; " + advice
+    return f"{path} is refused: unpickling it would run {name}, which is not plain tensors; nothing was run; {advice}"
+
+
+def _check_zip(path: Path) -> None:
+    """CRCs, and that it is what torch.save writes: stored, not compressed, members that fit into the file."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise CheckpointError(f"{path} is a compressed zip; torch.save never compresses, so it is not read")
+            if sum(entry.file_size for entry in entries) > size:
+                raise CheckpointError(f"{path} is damaged: its members claim more than the {size:,} bytes it has")
+            if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+                raise CheckpointError(f"{path} is a zip file, but not one that torch.save wrote (no data.pkl)")
+            broken = archive.testzip()
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 - zipfile raises half a dozen kinds on damaged files
+        raise CheckpointError(f"{path} is damaged or truncated: {first_line(error)}") from None
+    if broken is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of its member {broken} is wrong")
+
+
+# --- shards ---
+
+
+def read_sharded(index: Path) -> dict[str, Tensor]:
+    """The tensors of all the files that a shard index names, each where the index says it is."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is no shard index: it has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = read_weights(shard_path(index, name))
+        expected = {key for key, file in weight_map.items() if file == name}
+        if not isinstance(shard, dict) or set(shard) != expected:
+            keys = set(shard) if isinstance(shard, dict) else set()
+            odd = sorted(map(str, expected ^ keys))
+            raise CheckpointError(f"{index.parent / name} and its index {index.name} differ in: {listing(odd)}")
+        tensors.update(shard)
+    return tensors
+
+
+def shard_path(index: Path, name: str) -> Path:
+    """The file that an index names: beneath the index's folder, or in the blobs of the same hub cache."""
+    parts = PurePosixPath(name).parts
+    outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or "\\" in name or "\0" in name
+    if outside or not parts or ".." in parts or name.endswith(".json"):
+        raise CheckpointError(f"{index} names {name!r}; a shard must be a weights file beneath the index's folder")
+    folder, path = index.parent.resolve(), index.parent / name
+    roots = [folder] + [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{index} names {name!r}, a link that leads out of its folder")
+    return path
+
+
+def listing(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,163 @@
+"""Where things lie in a diffusers-layout folder: pipeline, root and bare ones, and training folders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .files import CheckpointError, listing, read_json
+
+WEIGHTS = "diffusion_pytorch_model"
+CONFIG, SCHEDULER, MODEL_INDEX, LABELS = "config.json", "scheduler_config.json", "model_index.json", "labels.json"
+UNETS = ("unet_ema", "unet")  # the averaged weights of a training folder are the ones to sample with
+# Preferred first. An index wins over a single file, as upstream.
+PLAIN = (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin.index.json", f"{WEIGHTS}.bin")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_OTHER_PIPELINES = ("DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "KarrasVePipeline")
+
+
+class Layout(NamedTuple):
+    """The parts of a checkpoint, its small files read."""
+
+    weights: Path  # a file, or the index of its shards
+    config: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+    labels: list[str] | None
+    notes: list[str]
+
+
+def locate(path: Path) -> Layout:
+    """The parts of the checkpoint at path, a folder or one weights file. Raises CheckpointError."""
+    if path.is_dir():
+        unet, notes = _unet_folder(path)
+        weights, note = _choose_weights(unet)
+        notes += note
+        config = read_json(unet / CONFIG) if (unet / CONFIG).exists() else None
+        check_class(config, unet / CONFIG)
+    else:
+        unet, weights, notes = path.parent, path, []
+        config = read_json(unet / CONFIG) if (unet / CONFIG).exists() else None
+        if config is not None and not _describes_unet(config):
+            notes.append(f"the {CONFIG} beside the file is not a U-Net's; not used")
+            config = None
+    root = unet.parent if unet.name in UNETS else unet
+    if config is not None or path.is_dir():
+        check_pipeline(root)
+        scheduler, scheduler_notes = _scheduler(root)
+        notes += scheduler_notes
+    else:
+        scheduler = None
+    return Layout(weights, config, scheduler, _labels(root), notes)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The preferred weights file of a folder under its plain name, or None."""
+    return next((folder / name for name in PLAIN if (folder / name).exists()), None)
+
+
+def check_class(config: dict[str, Any] | None, path: Path) -> None:
+    """CheckpointError unless the config is one of a UNet2DModel."""
+    name = (config or {}).get("_class_name", "UNet2DModel")
+    if name == "UNet2DConditionModel":
+        raise CheckpointError(f"{path} is of a UNet2DConditionModel, guided by text or images; that is not supported")
+    if name != "UNet2DModel":
+        raise CheckpointError(f"{path} is of a {name}; only the unconditional UNet2DModel is supported")
+
+
+def check_pipeline(root: Path) -> None:
+    """CheckpointError if a model_index.json says that this is not a pixel-space DDPM."""
+    path = root / MODEL_INDEX
+    if not path.exists():
+        return
+    index = read_json(path)
+    parts = {k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and any(v)}
+    extra = sorted(parts - {"unet", "scheduler"})
+    name = index.get("_class_name")
+    if any(part in ("vae", "vqvae", "text_encoder", "bert") for part in extra):
+        raise CheckpointError(
+            f"{path} is of a {name} with {listing(extra)}: latent or text-guided diffusion, not a pixel-space DDPM"
+        )
+    if name in _OTHER_PIPELINES:
+        raise CheckpointError(f"{path} is of a {name}; only DDPMPipeline is supported")
+    unet = index.get("unet")
+    if isinstance(unet, list):
+        check_class({"_class_name": unet[-1]}, path)
+
+
+def _unet_folder(root: Path) -> tuple[Path, list[str]]:
+    """The folder of the U-Net: a sub-folder if there is one, else the root; else the newest checkpoint-N's."""
+    present = [name for name in UNETS if (root / name).is_dir()]
+    if present:
+        notes = ["the folder has both unet and unet_ema; the averaged weights, unet_ema, are used"] * (len(present) > 1)
+        return root / present[0], notes
+    if not _any_weights(root):
+        numbered = {int(p.name[11:]): p for p in root.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()}
+        if numbered and any((numbered[max(numbered)] / name).is_dir() for name in UNETS):
+            newest = numbered[max(numbered)]
+            unet, notes = _unet_folder(newest)
+            return unet, [f"the newest training checkpoint, {newest.name}, is used", *notes]
+    return root, []
+
+
+def _any_weights(folder: Path) -> list[Path]:
+    """Weights under the layout's name, any variant; neither shards nor stray files."""
+    found = folder.glob(f"{WEIGHTS}.*")
+    return sorted(p for p in found if re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", p.name))
+
+
+def _choose_weights(folder: Path) -> tuple[Path, list[str]]:
+    plain = find_weights(folder)
+    if plain is not None:
+        return plain, []
+    variants: dict[str, Path] = {}
+    for path in sorted(_any_weights(folder), key=lambda p: (".safetensors" not in p.name, ".index" not in p.name)):
+        rest = path.name.removeprefix(WEIGHTS + ".")
+        variant = re.sub(r"\.?(safetensors|bin|index|json)\b", "", rest).strip(".")
+        variants.setdefault(variant, path)
+    if len(variants) == 1:
+        variant, path = variants.popitem()
+        return path, [f"only the variant {variant!r} is there; it is used"]
+    if variants:
+        names = listing([p.name for p in variants.values()])
+        raise CheckpointError(f"{folder} has several variants of the weights ({names}); name one of the files")
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
+    if any(_SHARD.search(name) for name in others):
+        raise CheckpointError(f"{folder} holds shards of weights ({listing(others)}) without their index.json")
+    hint = f"; it holds {listing(others)}: to load one of them, name the file" if others else ""
+    raise CheckpointError(f"{folder} has no weights ({WEIGHTS}.safetensors or .bin){hint}")
+
+
+def _describes_unet(config: dict[str, Any]) -> bool:
+    return str(config.get("_class_name", "")).startswith("UNet2D") or "block_out_channels" in config
+
+
+def _scheduler(root: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The scheduler's file, its class checked; a training checkpoint has it in the run's folder above."""
+    roots = [root] + ([root.parent] if re.fullmatch(r"checkpoint-\d+", root.name) else [])
+    for place in roots:
+        folder = place / "scheduler" if (place / "scheduler").is_dir() else place
+        path = folder / SCHEDULER
+        config = read_json(path) if path.exists() else None
+        index = read_json(place / MODEL_INDEX) if (place / MODEL_INDEX).exists() else {}
+        named = index.get("scheduler")
+        _check_scheduler_class(named[-1] if isinstance(named, list) and named else None, place / MODEL_INDEX)
+        if config is not None:
+            _check_scheduler_class(config.get("_class_name"), path)
+            return config, [] if place == root else [f"the schedule is that of {place.name}, the folder above"]
+    return None, []
+
+
+def _check_scheduler_class(name: object, path: Path) -> None:
+    if name not in (None, "DDPMScheduler", "GaussianDDPMScheduler"):
+        raise CheckpointError(f"{path} names the scheduler {name}; only DDPMScheduler is supported")
+
+
+def _labels(root: Path) -> list[str] | None:
+    path = root / LABELS
+    if not path.exists():
+        return None
+    labels = read_json(path).get("labels")
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        raise CheckpointError(f"{path} must hold {{'labels': [names of the classes]}}")
+    return labels

@@ -1,0 +1,282 @@
+"""The noise schedule, and the tables that turn every sampler here into one formula.
+
+Notation of Ho et al. 2020 (DDPM), timesteps counted from 0: a_t = alphas_cumprod[t], and a_p its value at the
+next timestep visited (1 past the last), so that a chain which skips steps is the same formulas with
+beta_t = 1 - a_t / a_p. Tables are float64; x keeps its own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.reference import threshold
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The diffusion process. Field names, meaning and defaults are those of diffusers' ``DDPMScheduler``.
+
+    One difference: upstream's fixed_large_log takes the root of a log and gives NaN; here it is what its name
+    intends, the same deviation as fixed_large. Raises ValueError: the field, what came, what is allowed.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    variance_type: str = "fixed_small"
+    clip_sample: bool = True
+    prediction_type: str = "epsilon"
+    thresholding: bool = False  # dynamic thresholding (Saharia et al. 2022) in place of the clip
+    dynamic_thresholding_ratio: float = 0.995
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trained_betas is not None:
+            betas = tuple(float(b) for b in self.trained_betas)
+            object.__setattr__(self, "trained_betas", betas)
+            if len(betas) != self.num_train_timesteps or not all(0 < b <= 1 for b in betas):
+                raise _wrong("trained_betas", f"{len(betas)} values", f"{self.num_train_timesteps} numbers in (0, 1]")
+        for name, allowed in (
+            ("beta_schedule", BETA_SCHEDULES),
+            ("variance_type", VARIANCE_TYPES),
+            ("prediction_type", PREDICTION_TYPES),
+            ("timestep_spacing", SPACINGS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise _wrong(name, getattr(self, name), "one of " + ", ".join(allowed))
+        for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "true or false")
+        for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise _wrong(name, value, f"an integer of at least {least}")
+        for name in ("beta_start", "beta_end", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise _wrong(name, value, "a positive number")
+        if self.dynamic_thresholding_ratio > 1:
+            raise _wrong("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, "in (0, 1]")
+        if max(self.beta_start, self.beta_end) >= 1:
+            raise _wrong("beta_end", self.beta_end, "below 1")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
+        """From a ``scheduler_config.json``: "_" keys are metadata, unknown ones are named in a warning."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(k for k in values if k not in known and not k.startswith("_"))
+        if unknown:
+            warnings.warn(f"Schedule ignores unknown fields: {', '.join(unknown)}", stacklevel=2)
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, in diffusers' field names."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    # --- tables, float64, [T] on the CPU ---
+
+    @cached_property
+    def betas(self) -> Tensor:
+        """beta_t, the variance of step t's noise (DDPM, section 2)."""
+        betas = _betas(self)
+        return _rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """a_t, the product of (1 - beta) up to t (DDPM, above equation 4)."""
+        return torch.cumprod(1 - self.betas, dim=0)
+
+    @property
+    def learned(self) -> str:
+        """How the network states its variance: fixed, learned or learned_range."""
+        return self.variance_type if self.variance_type.startswith("learned") else "fixed"
+
+    def alphas(self, t: int, prev_t: int | None = None) -> tuple[float, float]:
+        """(a_t, a_p) for a step from t to prev_t (default t - 1; below 0 means x_0, where a_p = 1)."""
+        if not 0 <= t < self.num_train_timesteps:
+            raise ValueError(f"t must be in 0..{self.num_train_timesteps - 1}; got {t}")
+        prev_t = t - 1 if prev_t is None else prev_t
+        return float(self.alphas_cumprod[t]), float(self.alphas_cumprod[prev_t]) if prev_t >= 0 else 1.0
+
+    # --- the forward process ---
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """q(x_t | x_0) in closed form: sqrt(a_t) x_0 + sqrt(1 - a_t) eps (DDPM, equation 4)."""
+        signal, sigma = self._at(t, x0)
+        return signal * x0 + sigma * noise
+
+    def velocity(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans and Ho 2022)."""
+        signal, sigma = self._at(t, x0)
+        return signal * noise - sigma * x0
+
+    def target(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """What the network is trained to output, by prediction_type."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return x0 if self.prediction_type == "sample" else self.velocity(x0, noise, t)
+
+    # --- the reverse process ---
+
+    def predict_x0(self, out: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+        """x_0 from the network's output at x_t, not clipped (DDPM, equation 15; Salimans and Ho 2022 for v)."""
+        if self.prediction_type == "sample":
+            return out
+        signal, sigma = self._at(t, x)
+        return (x - sigma * out) / signal if self.prediction_type == "epsilon" else signal * x - sigma * out
+
+    def predict_epsilon(self, out: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+        """The noise from the network's output at x_t."""
+        if self.prediction_type == "epsilon":
+            return out
+        signal, sigma = self._at(t, x)
+        return (x - signal * out) / sigma if self.prediction_type == "sample" else signal * out + sigma * x
+
+    def clip_x0(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding, or the clip to +-clip_sample_range, or nothing."""
+        if self.thresholding:
+            return threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+    def posterior(self, t: int, prev_t: int | None = None) -> tuple[float, float, float]:
+        """(c0, cx, variance) of q(x_p | x_t, x_0) = N(c0 x_0 + cx x_t, variance) (DDPM, equations 6 and 7)."""
+        a_t, a_p = self.alphas(t, prev_t)
+        alpha_t, beta_t = a_t / a_p, 1 - a_t / a_p
+        c0 = math.sqrt(a_p) * beta_t / (1 - a_t)
+        cx = math.sqrt(alpha_t) * (1 - a_p) / (1 - a_t)
+        return c0, cx, beta_t * (1 - a_p) / (1 - a_t)
+
+    def log_variances(self, t: int, prev_t: int | None = None) -> tuple[float, float]:
+        """(log of the posterior variance floored at 1e-20, log beta_t): the two ends of a learned range."""
+        a_t, a_p = self.alphas(t, prev_t)
+        return math.log(max(self.posterior(t, prev_t)[2], 1e-20)), math.log(1 - a_t / a_p)
+
+    def variance(self, t: int, prev_t: int | None = None, v: Tensor | None = None) -> Tensor | float:
+        """sigma_t^2 by variance_type; v [N, C, H, W] is the second half of the output of a learned one.
+
+        fixed_small is the posterior's beta~_t, fixed_large is beta_t (DDPM, section 3.2); learned_range
+        interpolates their logs (Nichol and Dhariwal 2021, equation 15); learned is v itself, as upstream.
+        """
+        low, high = self.log_variances(t, prev_t)
+        if self.learned == "fixed":
+            return math.exp(low if self.variance_type.startswith("fixed_small") else high)
+        if v is None:
+            raise ValueError(f"variance_type={self.variance_type!r} needs a network with 2C output channels")
+        if self.variance_type == "learned":
+            return v
+        fraction = (v + 1) / 2
+        return torch.exp(fraction * high + (1 - fraction) * low)
+
+    def step(
+        self,
+        out: Tensor,  # [N, C, H, W], or [N, 2C, H, W] with a learned variance
+        t: int,
+        x: Tensor,  # [N, C, H, W]: x_t
+        noise: Tensor | None = None,  # [N, C, H, W]: z; not read at t = 0, where none is added
+        prev_t: int | None = None,  # default t - 1
+    ) -> Tensor:
+        """x_t -> x_{t-1}: one pass of Algorithm 2's loop, in plain torch. Equals DDPMScheduler.step."""
+        t, channels = int(t), x.shape[1]
+        v = None
+        if self.learned != "fixed" and out.shape[1] == 2 * channels:
+            out, v = out.chunk(2, dim=1)
+        if out.shape != x.shape:
+            raise ValueError(
+                f"the network's output {tuple(out.shape)} must have x's shape {tuple(x.shape)}, "
+                f"or twice its channels with a learned variance; variance_type is {self.variance_type!r}"
+            )
+        x0 = self.clip_x0(self.predict_x0(out, t, x))
+        c0, cx, _ = self.posterior(t, prev_t)
+        mean = c0 * x0 + cx * x
+        if t == 0:
+            return mean
+        if noise is None:
+            raise ValueError(f"step needs noise at t > 0; got none at t={t}")
+        variance = self.variance(t, prev_t, v)
+        return mean + variance**0.5 * noise
+
+    def timesteps(self, steps: int | None = None) -> list[int]:
+        """The timesteps visited by a chain of ``steps`` (default all T), descending, by timestep_spacing."""
+        total = self.num_train_timesteps
+        steps = total if steps is None else steps
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be between 1 and num_train_timesteps={total}; got {steps}")
+        if self.timestep_spacing == "linspace":
+            grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().flip(0) if steps > 1 else [0]
+            return [int(t) for t in grid]
+        if self.timestep_spacing == "trailing":
+            return [round(total - i * (total / steps)) - 1 for i in range(steps)]
+        chain = [i * (total // steps) + self.steps_offset for i in reversed(range(steps))]
+        if chain[0] >= total:
+            raise ValueError(f"steps_offset={self.steps_offset} with {steps} steps starts past the last timestep, {total - 1}")
+        return chain
+
+    def _at(self, t: int | Tensor, like: Tensor) -> tuple[Any, Any]:
+        """(sqrt(a_t), sqrt(1 - a_t)): floats for one t, [N, 1, ...] in like's dtype for a tensor of N."""
+        if not isinstance(t, Tensor):
+            a_t, _ = self.alphas(int(t))
+            return math.sqrt(a_t), math.sqrt(1 - a_t)
+        a = self.alphas_cumprod.to(t.device)[t].reshape(-1, *(1,) * (like.ndim - 1))
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        return a.sqrt().to(like.device, dtype), (1 - a).sqrt().to(like.device, dtype)
+
+
+def _wrong(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"Schedule.{name} must be {allowed}; got {value!r}")
+
+
+def _betas(s: Schedule) -> Tensor:
+    steps = torch.float64
+    total = s.num_train_timesteps
+    if s.trained_betas is not None:
+        return torch.tensor(s.trained_betas, dtype=steps)
+    if s.beta_schedule == "linear":  # DDPM, section 4
+        return torch.linspace(s.beta_start, s.beta_end, total, dtype=steps)
+    if s.beta_schedule == "scaled_linear":
+        return torch.linspace(s.beta_start**0.5, s.beta_end**0.5, total, dtype=steps) ** 2
+    if s.beta_schedule == "sigmoid":  # Xu et al. 2022 (GeoDiff)
+        return torch.sigmoid(torch.linspace(-6, 6, total, dtype=steps)) * (s.beta_end - s.beta_start) + s.beta_start
+    alpha_bar = _cosine if s.beta_schedule == "squaredcos_cap_v2" else _laplace
+    return torch.tensor(
+        [min(1 - alpha_bar((i + 1) / total) / alpha_bar(i / total), 0.999) for i in range(total)], dtype=steps
+    )
+
+
+def _cosine(u: float) -> float:
+    """a(u) of Nichol and Dhariwal 2021, equation 17, up to its constant factor."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(u: float) -> float:
+    """a(u) whose log signal-to-noise ratio is Laplace distributed (Hang et al. 2024)."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
+
+
+def _rescale_zero_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(a) so that the last a_t is 0 and the first stays (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    a = root**2
+    return 1 - torch.cat((a[:1], a[1:] / a[:-1]))

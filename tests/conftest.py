@@ -40,6 +40,8 @@ if not HAS_GPU:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped, with a line in the summary, without one")
+    # The sigmoid's exp(-y) may overflow to infinity, as on a GPU; numpy, behind the interpreter, says so.
+    config.addinivalue_line("filterwarnings", "ignore:overflow encountered in exp:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -158,10 +158,13 @@ def _norm_apply_kernel(
         stats_ptr + n * PARTS * 3 * C1, skip_stats_ptr, channel_vector(shift_ptr, member, inside, 0.0),
         member, inside, eps, C1, C2, PARTS, SKIP_PARTS, PB,
     )  # fmt: skip
-    # A gather as a sum over one nonzero term, which is exact.
-    own = group[:, None] == (c // CG)[None, :]
-    mean = tl.sum(tl.where(own, group_mean[:, None], 0.0), axis=0)
-    rstd = tl.sum(tl.where(own, group_rstd[:, None], 0.0), axis=0)
+    if CG == CGP and NG * CGP == BLOCK_C:
+        mean = tl.reshape(tl.broadcast_to(group_mean[:, None], (NG, CGP)), (BLOCK_C,))
+        rstd = tl.reshape(tl.broadcast_to(group_rstd[:, None], (NG, CGP)), (BLOCK_C,))
+    else:  # a gather as a sum over one nonzero term, which is exact
+        own = group[:, None] == (c // CG)[None, :]
+        mean = tl.sum(tl.where(own, group_mean[:, None], 0.0), axis=0)
+        rstd = tl.sum(tl.where(own, group_rstd[:, None], 0.0), axis=0)
 
     x_ptr += n * x_n
     y_ptr += n * y_n

@@ -34,7 +34,8 @@ class DataError(ValueError):
 class Pixels(Protocol):
     """What ``ImageData`` needs of its images: a shape, and batches by index."""
 
-    shape: tuple[int, ...]  # [n, H, W, C]
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # [n, H, W, C]
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[np.uint8]: ...
 

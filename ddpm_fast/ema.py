@@ -29,7 +29,7 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Moves towards ``model``; ``step`` counts the updates before this one."""
         weight = 1 - ema_decay(step, self.decay)
-        averages, parameters = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], weight)
+        averages = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], weight)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)

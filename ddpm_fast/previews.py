@@ -43,4 +43,4 @@ def save_grid(path: Path, x: Tensor) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda stream: stream.write(buffer.getvalue()) and None)
+    write_atomically(path, lambda stream: stream.write(buffer.getvalue()))

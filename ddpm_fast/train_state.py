@@ -23,7 +23,7 @@ class ResumeError(ValueError):
     """A run cannot be continued from what lies in its folder."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes beside ``path``, flushes to the disk, and renames: ``path`` is whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as stream:
@@ -42,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_json(path: Path, content: object) -> None:
     """``content`` as indented JSON, atomically."""
     text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda stream: stream.write(text.encode()) and None)
+    write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
 def state_paths(folder: Path) -> list[Path]:
@@ -114,7 +114,7 @@ def cut_log(path: Path, step: int) -> None:
             continue
         if entry["step"] <= step:
             kept.append(line + "\n")
-    write_atomically(path, lambda stream: stream.write("".join(kept).encode()) and None)
+    write_atomically(path, lambda stream: stream.write("".join(kept).encode()))
 
 
 def plain(value: Any) -> Any:

@@ -23,6 +23,9 @@ try:
 except ImportError:
     triton = tl = None
 
+# Above this many parts, merging statistics in every program of `norm_act` would cost more than its own tile.
+MAX_PARTS = 64
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -86,3 +89,90 @@ def strides(t: Tensor, name: str) -> tuple[int, int, int]:
             f"strides {tuple(t.stride())}; make it contiguous, or contiguous(memory_format=torch.channels_last)"
         )
     return s_n, s_c, s_w if w > 1 else s_h
+
+
+def step_launch(
+    channels: int,
+    low_channels: int,  # 0 without a low-precision copy
+    pixels: int,  # H * W
+) -> Launch:
+    """CP channels x BLOCK_P pixels a program; the low-precision tile is widened from CP to LOW_CP channels."""
+    if channels <= 16 and low_channels <= 64:
+        cp = next_power_of_2(channels)
+        low_cp = max(cp, next_power_of_2(low_channels))
+        why = "all channels in one tile, noise drawn for the real ones only"
+    else:
+        cp = low_cp = 16
+        why = "many channels: tiles of 16 cover the padding too"
+    block_p = max(4, min(1024 // cp, next_power_of_2(pixels)))
+    return Launch(
+        num_warps=4 if cp * block_p >= 512 else 1,
+        num_stages=1,
+        meta={"CP": cp, "LOW_CP": low_cp, "BLOCK_P": block_p, "ALIGNED": pixels % 4 == 0},
+        reason=f"{why}; 1024 values a program give each of 128 threads 8: two Philox blocks, 16 bytes of bf16",
+    )
+
+
+def norm_tile_launch(
+    channels: int,
+    groups: int,
+    pixels: int,  # H * W
+    itemsize: int,
+) -> Launch | None:
+    """Whole groups in one tile of at most 8192 values; None where even one group is larger."""
+    cg = channels // groups
+    cgp, block_p = next_power_of_2(cg), next_power_of_2(pixels)
+    if cgp * block_p > 8192:
+        return None
+    wanted = max(1, 64 // (cg * itemsize))  # neighbouring groups up to 64 bytes, two memory sectors
+    ng = min(next_power_of_2(wanted), next_power_of_2(groups), max(1, 4096 // (cgp * block_p)))
+    return Launch(
+        num_warps=8 if ng * cgp * block_p > 4096 else 4 if ng * cgp * block_p > 512 else 1,
+        num_stages=1,
+        meta={"CGP": cgp, "NG": ng, "BLOCK_P": block_p},
+        reason="the tile holds whole groups, so x is read once; at most 32 values a thread, no spills",
+    )
+
+
+def norm_apply_launch(channels: int, groups: int, pixels: int, itemsize: int, parts: int) -> Launch:
+    """Channel blocks that divide C where they can, and enough pixels to pay for merging ``parts`` parts."""
+    cg = channels // groups
+    divisors = [b for b in (128, 64, 32) if channels % b == 0]
+    block_c = divisors[0] if divisors else min(64, next_power_of_2(channels))
+    starts = range(0, channels, block_c)
+    touched = max((min(c + block_c, channels) - 1) // cg - c // cg + 1 for c in starts)
+    ng, cgp = next_power_of_2(touched), next_power_of_2(cg)
+    block_p = min(next_power_of_2(pixels), max(1, 4096 // block_c))
+    run = min(next_power_of_2(pixels), max(128, next_power_of_2(24 * parts // itemsize)))
+    return Launch(
+        num_warps=4 if block_p * block_c > 512 else 1,
+        num_stages=2,
+        meta={
+            "CGP": cgp,
+            "NG": ng,
+            "PB": max(1, min(next_power_of_2(parts), 2048 // (ng * cgp))),
+            "TILES": max(1, run // block_p),
+            "BLOCK_P": block_p,
+            "BLOCK_C": block_c,
+        },
+        reason="4096 values a tile, 32 a thread in 16-byte vectors; a program reads at least twice as many bytes of "
+        "x as of statistics",
+    )
+
+
+def stats_launch(channels: int, pixels: int) -> Launch:
+    """Parts of at least 64 pixels, at most MAX_PARTS of them."""
+    run = max(64, next_power_of_2(cdiv(pixels, MAX_PARTS)))
+    block_p = min(64, next_power_of_2(pixels))
+    return Launch(
+        num_warps=4,
+        num_stages=2,
+        meta={
+            "PARTS": cdiv(pixels, run),
+            "TILES": max(1, min(run, next_power_of_2(pixels)) // block_p),
+            "BLOCK_P": block_p,
+            "BLOCK_C": min(64, next_power_of_2(channels)),
+        },
+        reason="64 x 64 values a tile, 128 bytes of a pixel's channels; parts by H * W alone, so bitwise the same "
+        "in any batch",
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import Launch, cdiv, jit, next_power_of_2, require, tl
+from .launch import cdiv, jit, norm_apply_launch, norm_tile_launch, require, tl
 from .norm_stats import group_stats, merge_stats, nhwc_strides, stats_size
 
 __all__ = ["group_stats", "merge_stats", "norm_act", "workspace_size"]
@@ -227,53 +227,6 @@ def _norm_tile_kernel(
     )  # fmt: skip
 
 
-def tile_launch(
-    channels: int,
-    groups: int,
-    pixels: int,  # H * W
-    itemsize: int,
-) -> Launch | None:
-    """Whole groups in one tile of at most 8192 values; None where even one group is larger."""
-    cg = channels // groups
-    cgp, block_p = next_power_of_2(cg), next_power_of_2(pixels)
-    if cgp * block_p > 8192:
-        return None
-    wanted = max(1, 64 // (cg * itemsize))  # neighbouring groups up to 64 bytes, two memory sectors
-    ng = min(next_power_of_2(wanted), next_power_of_2(groups), max(1, 4096 // (cgp * block_p)))
-    return Launch(
-        num_warps=8 if ng * cgp * block_p > 4096 else 4 if ng * cgp * block_p > 512 else 1,
-        num_stages=1,
-        meta={"CGP": cgp, "NG": ng, "BLOCK_P": block_p},
-        reason="the tile holds whole groups, so x is read once; at most 32 values a thread, no spills",
-    )
-
-
-def apply_launch(channels: int, groups: int, pixels: int, itemsize: int, parts: int) -> Launch:
-    """Channel blocks that divide C where they can, and enough pixels to pay for merging ``parts`` parts."""
-    cg = channels // groups
-    divisors = [b for b in (128, 64, 32) if channels % b == 0]
-    block_c = divisors[0] if divisors else min(64, next_power_of_2(channels))
-    starts = range(0, channels, block_c)
-    touched = max((min(c + block_c, channels) - 1) // cg - c // cg + 1 for c in starts)
-    ng, cgp = next_power_of_2(touched), next_power_of_2(cg)
-    block_p = min(next_power_of_2(pixels), max(1, 4096 // block_c))
-    run = min(next_power_of_2(pixels), max(128, next_power_of_2(24 * parts // itemsize)))
-    return Launch(
-        num_warps=4 if block_p * block_c > 512 else 1,
-        num_stages=2,
-        meta={
-            "CGP": cgp,
-            "NG": ng,
-            "PB": max(1, min(next_power_of_2(parts), 2048 // (ng * cgp))),
-            "TILES": max(1, run // block_p),
-            "BLOCK_P": block_p,
-            "BLOCK_C": block_c,
-        },
-        reason="4096 values a tile, 32 a thread in 16-byte vectors; a program reads at least twice as many bytes of "
-        "x as of statistics",
-    )
-
-
 def workspace_size(x: Tensor, skip: Tensor | None = None) -> int:
     """float32 elements that `norm_act` without producers' statistics may need."""
     return stats_size(x) + (0 if skip is None else stats_size(skip))
@@ -312,7 +265,7 @@ def norm_act(
     parameters = (_dense(weight), _dense(bias), bias_row, scale_shift, row, residual, y, *images, *tables, eps, *shape)
     silu = act != "none"
     given = stats is not None or skip_stats is not None
-    launch = None if given else tile_launch(channels, groups, h * w, x.element_size())
+    launch = None if given else norm_tile_launch(channels, groups, h * w, x.element_size())
     tensors = (x, skip, weight, bias, bias_row, scale_shift, row, residual, stats, skip_stats, y)
     if launch is not None:
         require(_norm_tile_kernel, *tensors)
@@ -322,7 +275,7 @@ def norm_act(
     require(_norm_apply_kernel, *tensors)
     stats, skip_stats = _statistics(x, skip, stats, skip_stats, workspace)
     parts, skip_parts = stats.shape[1], 0 if skip_stats is None else skip_stats.shape[1]
-    launch = apply_launch(channels, groups, h * w, x.element_size(), max(parts, skip_parts))
+    launch = norm_apply_launch(channels, groups, h * w, x.element_size(), max(parts, skip_parts))
     runs = cdiv(h * w, launch.meta["TILES"] * launch.meta["BLOCK_P"])
     grid = (n * runs, cdiv(channels, launch.meta["BLOCK_C"]))
     _norm_apply_kernel[grid](x, skip, stats, skip_stats, *parameters, parts, skip_parts, SILU=silu, **launch.options())

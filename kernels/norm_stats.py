@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import Launch, cdiv, jit, next_power_of_2, require, strides, tl
-
-# Above this many parts, merging them again in every program of `norm_act` would cost more than its own tile.
-MAX_PARTS = 64
+from .launch import MAX_PARTS, cdiv, jit, require, stats_launch, strides, tl
 
 
 @jit
@@ -76,24 +73,6 @@ def _merge_stats_kernel(
     tl.store(to, count, mask=c < C)
     tl.store(to + C, mean, mask=c < C)
     tl.store(to + 2 * C, m2, mask=c < C)
-
-
-def stats_launch(channels: int, pixels: int) -> Launch:
-    """Parts of at least 64 pixels, at most MAX_PARTS of them."""
-    run = max(64, next_power_of_2(cdiv(pixels, MAX_PARTS)))
-    block_p = min(64, next_power_of_2(pixels))
-    return Launch(
-        num_warps=4,
-        num_stages=2,
-        meta={
-            "PARTS": cdiv(pixels, run),
-            "TILES": max(1, min(run, next_power_of_2(pixels)) // block_p),
-            "BLOCK_P": block_p,
-            "BLOCK_C": min(64, next_power_of_2(channels)),
-        },
-        reason="64 x 64 values a tile, 128 bytes of a pixel's channels; parts by H * W alone, so bitwise the same "
-        "in any batch",
-    )
 
 
 def group_stats(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import Launch, cdiv, constexpr, jit, next_power_of_2, require, strides, tl
+from .launch import cdiv, constexpr, jit, require, step_launch, strides, tl
 from .philox import normal4, normal_at, split64
 
 VARIANCES = {"fixed": 0, "learned": 1, "learned_range": 2}
@@ -189,28 +189,6 @@ def _initial_noise_kernel(
         store_low(low_ptr + n * low_n, z, c0, p0, C, HW, LOW_C, low_c, low_p, CP, LOW_CP, BLOCK_P)
 
 
-def tile_launch(
-    channels: int,
-    low_channels: int,  # 0 without a low-precision copy
-    pixels: int,  # H * W
-) -> Launch:
-    """CP channels x BLOCK_P pixels a program; the low-precision tile is widened from CP to LOW_CP channels."""
-    if channels <= 16 and low_channels <= 64:
-        cp = next_power_of_2(channels)
-        low_cp = max(cp, next_power_of_2(low_channels))
-        why = "all channels in one tile, noise drawn for the real ones only"
-    else:
-        cp = low_cp = 16
-        why = "many channels: tiles of 16 cover the padding too"
-    block_p = max(4, min(1024 // cp, next_power_of_2(pixels)))
-    return Launch(
-        num_warps=4 if cp * block_p >= 512 else 1,
-        num_stages=1,
-        meta={"CP": cp, "LOW_CP": low_cp, "BLOCK_P": block_p, "ALIGNED": pixels % 4 == 0},
-        reason=f"{why}; 1024 values a program give each of 128 threads 8: two Philox blocks, 16 bytes of bf16",
-    )
-
-
 def sampler_step(
     x: Tensor,  # [N, C, H, W] float32: x_t
     out: Tensor,  # [N, C, H, W], or [N, 2C, H, W] with a learned variance
@@ -232,7 +210,7 @@ def sampler_step(
     _check_step(x, out, table, counter, seed, ids, variance, x_prev, low, noise)
     y = torch.empty_like(x) if x_prev is None else x_prev
     low_channels = 0 if low is None else low.shape[1]
-    launch = tile_launch(channels, low_channels, h * w)
+    launch = step_launch(channels, low_channels, h * w)
     tiles = cdiv(h * w, launch.meta["BLOCK_P"])
     grid = (n * tiles, cdiv(max(channels, low_channels), launch.meta["LOW_CP"]))
     require(_sampler_step_kernel, x, out, table, counter, seed, ids, y, low, noise)
@@ -274,7 +252,7 @@ def initial_noise(
     n, channels, h, w = x.shape
     _check_source(x, seed, ids, low)
     low_channels = 0 if low is None else low.shape[1]
-    launch = tile_launch(channels, low_channels, h * w)
+    launch = step_launch(channels, low_channels, h * w)
     tiles = cdiv(h * w, launch.meta["BLOCK_P"])
     grid = (n * tiles, cdiv(max(channels, low_channels), launch.meta["LOW_CP"]))
     require(_initial_noise_kernel, x, seed, ids, low)

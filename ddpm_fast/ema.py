@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def ema_decay(step: int, limit: float) -> float:
@@ -16,14 +20,14 @@ def ema_decay(step: int, limit: float) -> float:
     return min(limit, (1 + step) / (10 + step))
 
 
-class EMA:
+class EMA(Generic[Model]):
     """Holds ``model``, a copy whose parameters follow ``ema = d * ema + (1 - d) * parameter`` (fp32)."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Model, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"the EMA decay must be in [0, 1); got {decay}")
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -4,7 +4,7 @@ The counter is (block, step, id low, id high), the key the seed's 64 bits; block
 4b to 4b+3 of a sample in C, H, W order. The torch twins, which define the result, are
 `reference.philox_words` and `reference.philox_normal`, exported here too. Words agree bit for bit.
 Normals are within a few ulp of the exact function of those words, which the twin's float32 angle is
-not quite near the zeros of sin and cos: there the two differ by about 2^-22 of the radius.
+not quite near the zeros of sin and cos: there the two differ by up to 2^-21 of the radius.
 """
 
 from __future__ import annotations

@@ -63,7 +63,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
-@pytest.fixture
-def device() -> torch.device:
+# Without a GPU each test of a kernel runs in the interpreter, and is listed once more as a skipped gpu test.
+_DEVICES = ["cuda"] if HAS_GPU else ["cpu", "cuda"]
+
+
+@pytest.fixture(
+    scope="session", params=[pytest.param(d, marks=pytest.mark.gpu) if d == "cuda" else d for d in _DEVICES]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels run: the GPU, or the CPU in Triton's interpreter."""
-    return torch.device("cuda" if HAS_GPU else "cpu")
+    return torch.device(request.param)

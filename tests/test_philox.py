@@ -139,7 +139,7 @@ def test_normals(device):
 
 
 def test_twin_agrees(device):
-    """The twin's float32 angle is off by half a step of 2 pi, 2.4e-7, and by 1.8e-7 of 2 pi itself: times the radius."""
+    """The twin rounds the angle (2.4e-7) and 2 pi itself (1.8e-7): that times the radius is all they differ by."""
     seed, ids, step = torch.tensor([3], device=device), torch.arange(4, device=device), torch.tensor([17])
     z = device_normal(philox, seed, ids, 17, 4096)
     twin = philox.philox_normal(seed, ids, step.to(device), (4096,))

@@ -81,10 +81,13 @@ def load(
     The model is in eval mode, float32, on the CPU; the checkpoint's notes say what was inferred or assumed.
     Raises CheckpointError, a ValueError of one line.
     """
-    name = str(BUNDLED if source is None else os.fspath(source))
-    path = _resolve(BUNDLED if source is None else source)
-    layout = locate(path)
-    tensors = unwrap(read_weights(layout.weights), layout.weights)
+    source = BUNDLED if source is None else source
+    name = os.fspath(source)
+    try:
+        layout = locate(_resolve(source))
+        tensors = unwrap(read_weights(layout.weights), layout.weights)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {first_line(error)}") from None
     found = Found(
         source=name,
         weights=layout.weights,
@@ -127,7 +130,9 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     if "param_groups" in content:
         raise CheckpointError(f"{path} is an optimizer's state, not a model; take the model's file beside it")
-    if "shadow_params" in content or isinstance(content.get("ema"), dict) and "shadow_params" in content["ema"]:
+    if {"format", "step", "settings"} <= set(content):
+        raise CheckpointError(f"{path} is the state of a training run; load the run's folder, which holds its model")
+    if "shadow_params" in content or (isinstance(content.get("ema"), dict) and "shadow_params" in content["ema"]):
         raise CheckpointError(f"{path} is a Score-SDE checkpoint, whose weights have no names; not supported")
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -169,11 +174,12 @@ def _download(hub_id: str) -> Path:
         wanted = small + [f"{place}{kind}" for place in places for kind in kinds]
         try:
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-        except Exception as error:  # noqa: BLE001 - the hub's errors come from several packages
+        except Exception as error:
             raise CheckpointError(
                 f"{hub_id} is neither a local path nor could it be had from the hub ({first_line(error)})"
             ) from None
         if any(find_weights(folder / place) for place in places):
             break
-    assert folder is not None
+    if folder is None or not folder.is_dir():
+        raise CheckpointError(f"{hub_id} has none of the files of a diffusers checkpoint")
     return folder

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from math import prod
@@ -21,10 +22,12 @@ from ..train_state import write_atomically
 from ..unet import UNet
 from . import infer
 from .family import FLOATS, Checkpoint, Family, Found, check_names, fit
-from .files import CheckpointError, safetensors_bytes
+from .files import CheckpointError, first_line, safetensors_bytes
 from .layout import CONFIG, LABELS, MODEL_INDEX, SCHEDULER, UNETS, WEIGHTS, check_class
 
 FORMAT_VERSION = "0.42.1"  # the diffusers whose files these are; any from 0.17 on reads them
+
+MAX_TIMESTEPS = 1_000_000  # its tables are held in memory
 
 _UNET_FIELDS = frozenset(f.name for f in fields(UNetConfig))
 _SCHEDULE_FIELDS = frozenset(f.name for f in fields(Schedule))
@@ -49,8 +52,11 @@ def _load(found: Found) -> Checkpoint:
     tensors = current_names(found.tensors, found.weights)
     notes = list(found.notes)
     config = _unet_config(found, tensors, notes)
-    with torch.device("meta"):  # no memory and no random numbers for what the file is about to give
-        model = UNet(config)
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for what the file is about to give
+            model = UNet(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond any tensor
+        raise CheckpointError(f"the configuration of {found.weights} cannot be built: {first_line(error)}") from None
     notes += fit(model, found, tensors)
     schedule = _schedule(found, config, notes)
     if found.overrides:
@@ -121,7 +127,7 @@ def _unet_config(found: Found, tensors: Mapping[str, Tensor], notes: list[str]) 
 def _check_size(values: Mapping[str, Any], found: Found) -> None:
     """That a config does not ask for far more modules than the file has tensors: building them would never end."""
     layers, widths = values.get("layers_per_block"), values.get("block_out_channels")
-    sizes = [layers if isinstance(layers, int) else 1, len(widths) if isinstance(widths, list) else 1]
+    sizes = [layers if isinstance(layers, int) else 1, len(widths) if isinstance(widths, (list, tuple)) else 1]
     if prod(sizes) > max(len(found.tensors), 64):
         raise CheckpointError(
             f"{found.weights} has {len(found.tensors)} tensors, too few for the {sizes[1]} levels of {sizes[0]} "
@@ -143,9 +149,16 @@ def _schedule(found: Found, config: UNetConfig, notes: list[str]) -> Schedule:
         notes.append(f"there is no {SCHEDULER}; the schedule is assumed {origin}: {_settings(chief)}")
     values |= {k: v for k, v in found.overrides.items() if k in _SCHEDULE_FIELDS}
     try:
-        return Schedule.from_dict(values)
-    except (TypeError, ValueError) as error:
+        schedule = Schedule.from_dict(values)
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"the schedule of {found.source} is not usable: {error}") from None
+
+    if schedule.num_train_timesteps > MAX_TIMESTEPS:
+        raise CheckpointError(
+            f"the schedule of {found.source} has {schedule.num_train_timesteps:,} timesteps; at most "
+            f"{MAX_TIMESTEPS:,} are supported"
+        )
+    return schedule
 
 
 def schedule_fields(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -183,7 +196,7 @@ def save(
 
     dtype: of the stored weights, e.g. torch.float16; None keeps the model's. label_names: of the classes, kept in
     labels.json, which diffusers ignores. A new folder appears whole or not at all. In an existing one each file of
-    the layout is replaced atomically, weights first, and all other files stay.
+    the layout is replaced atomically, weights first, other weights in its unet/ go, and all other files stay.
 
     Raises CheckpointError where the model cannot be expressed so, or its weights are not finite in that dtype.
     """
@@ -218,6 +231,11 @@ def _contents(
     classes = model.config.num_class_embeds or 0
     if label_names is not None and not (all(isinstance(n, str) for n in label_names) and len(label_names) <= classes):
         raise CheckpointError(f"label_names must be at most {classes} strings, one a class; got {label_names!r}")
+    if model.config.sample_size is None:
+        warnings.warn("sample_size is None: diffusers' pipeline will load this model, but not run it", stacklevel=3)
+    values = schedule.to_dict()
+    if schedule.variance_type == "fixed_large_log":
+        values["variance_type"] = "fixed_large"  # the same here; upstream gives NaN under the other name
     origin = {"_diffusers_version": FORMAT_VERSION}
     index = {
         "_class_name": "DDPMPipeline",
@@ -228,7 +246,7 @@ def _contents(
     contents = {
         f"unet/{WEIGHTS}.safetensors": safetensors_bytes(_stored(model, dtype)),
         f"unet/{CONFIG}": _json({"_class_name": "UNet2DModel", **origin, **model.config.to_dict()}),
-        f"scheduler/{SCHEDULER}": _json({"_class_name": "DDPMScheduler", **origin, **schedule.to_dict()}),
+        f"scheduler/{SCHEDULER}": _json({"_class_name": "DDPMScheduler", **origin, **values}),
     }
     if label_names is not None:
         contents[LABELS] = _json({"labels": list(label_names)})

@@ -28,6 +28,10 @@ _LFS = b"version https://git-lfs"
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or written; one line that says which file, what is wrong and what to do."""
 
+    def __init__(self, message: str):
+        # names from a foreign file may hold line breaks, terminal escapes or lone surrogates, and be endless
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:2000]))
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in path, at most MAX_JSON_BYTES long."""
@@ -103,7 +107,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # noqa: BLE001 - a parser of foreign bytes: whatever it says, the file is bad
+    except Exception as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from None
 
 
@@ -113,7 +117,7 @@ def _check_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > size - 8:
         raise CheckpointError(
-            f"{path} is damaged or truncated: its header claims {length:,} bytes, the file has {max(size - 8, 0):,} left"
+            f"{path} is damaged or truncated: its header claims {length:,} bytes, there are {max(size - 8, 0):,}"
         )
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
@@ -176,7 +180,7 @@ def read_pickle(path: Path) -> Any:
         _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # noqa: BLE001 - a parser of foreign bytes: whatever it says, the file is not loaded
+    except Exception as error:
         raise CheckpointError(_refusal(path, error)) from None
 
 
@@ -207,7 +211,7 @@ def _check_zip(path: Path) -> None:
             broken = archive.testzip()
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001 - zipfile raises half a dozen kinds on damaged files
+    except Exception as error:
         raise CheckpointError(f"{path} is damaged or truncated: {first_line(error)}") from None
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of its member {broken} is wrong")

@@ -103,7 +103,8 @@ def _unet_folder(root: Path) -> tuple[Path, list[str]]:
 def _any_weights(folder: Path) -> list[Path]:
     """Weights under the layout's name, any variant; neither shards nor stray files."""
     found = folder.glob(f"{WEIGHTS}.*")
-    return sorted(p for p in found if re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", p.name))
+    weights = (p for p in found if re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", p.name))
+    return sorted(p for p in weights if not _SHARD.search(p.name))
 
 
 def _choose_weights(folder: Path) -> tuple[Path, list[str]]:

@@ -52,7 +52,7 @@ CONFIGS = {
 TOLERANCE = 1e-5
 
 
-def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DModel:
+def theirs(config: dict[str, Any], seed: int = 0) -> Any:
     """A diffusers model whose every parameter is random, biases and norms too."""
     torch.manual_seed(seed)
     model = diffusers.UNet2DModel(**config).eval()
@@ -96,7 +96,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-def pipeline(config: dict[str, Any] = TINY, **schedule: Any) -> diffusers.DDPMPipeline:
+def pipeline(config: dict[str, Any] = TINY, **schedule: Any) -> Any:
     return diffusers.DDPMPipeline(theirs(config), diffusers.DDPMScheduler(**schedule))
 
 
@@ -122,7 +122,7 @@ def test_what_diffusers_saves_we_load(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_we_save_diffusers_loads(name: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
-    model = ours(config).to(memory_format=torch.channels_last)
+    model = ours(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     schedule = Schedule(num_train_timesteps=50, variance_type="fixed_large", beta_schedule="squaredcos_cap_v2")
     save(tmp_path / "out", model, schedule)
     pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
@@ -366,7 +366,7 @@ def test_overrides_come_last_and_unknown_ones_are_refused(tmp_path: Path) -> Non
         load(tmp_path, overrides={"norm_eps": "small"})
 
 
-def _with(model: diffusers.UNet2DModel, **changes: Any) -> diffusers.UNet2DModel:
+def _with(model: Any, **changes: Any) -> Any:
     other = diffusers.UNet2DModel(**{**TINY, **changes}).eval()
     other.load_state_dict(model.state_dict())
     return other

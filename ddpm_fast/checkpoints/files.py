@@ -187,8 +187,10 @@ def read_pickle(path: Path) -> Any:
 def _refusal(path: Path, error: Exception) -> str:
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found is None:
-        what = "a TorchScript archive, not a state dict" if "TorchScript" in str(error) else "damaged or no state dict"
-        return f"{path} is {what}: {first_line(error)}"
+        # torch's own text goes on to recommend the unsafe way, so only the unpickler's word is passed on
+        inner = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
+        why = inner[1] if inner else type(error).__name__ if "weights_only" in str(error) else first_line(error)
+        return f"{path} is damaged, or not a state dict of plain tensors: {why}"
     name = found[1].rstrip(".,`'\"")
     advice = "where you trust it, load it there and save its state dict as safetensors"
     if "persistence" in name:
@@ -202,6 +204,8 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if any("/code/" in entry.filename for entry in entries):
+                raise CheckpointError(f"{path} is a TorchScript archive, a program and not a state dict")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise CheckpointError(f"{path} is a compressed zip; torch.save never compresses, so it is not read")
             if sum(entry.file_size for entry in entries) > size:
@@ -227,14 +231,15 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} is no shard index: it has no weight_map")
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    paths = {name: shard_path(index, name) for name in sorted(set(weight_map.values()))}
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        shard = read_weights(shard_path(index, name))
+    for name, path in paths.items():
+        shard = read_weights(path)
         expected = {key for key, file in weight_map.items() if file == name}
         if not isinstance(shard, dict) or set(shard) != expected:
             keys = set(shard) if isinstance(shard, dict) else set()
             odd = sorted(map(str, expected ^ keys))
-            raise CheckpointError(f"{index.parent / name} and its index {index.name} differ in: {listing(odd)}")
+            raise CheckpointError(f"{path} and its index {index.name} differ in: {listing(odd)}")
         tensors.update(shard)
     return tensors
 

@@ -57,9 +57,8 @@ def conv(
     packed = weight if isinstance(weight, PackedConv) else pack_conv(weight, dtype=x.dtype, channels=_channels(x, skip))
     if padding is None:
         padding = (packed.size // 2, packed.size // 2)
-    shape = ConvShape(
-        *(x.shape[i] for i in (0, 2, 3)), _channels(x, skip), packed.out_channels, packed.size, stride, padding
-    )
+    n, _, h, w = x.shape
+    shape = ConvShape(n, h, w, _channels(x, skip), packed.out_channels, packed.size, stride, padding)
     if packed.phases != 1:
         raise ValueError("conv needs weights from pack_conv; got those of pack_upsample_conv; pack them again")
     return _run(shape, x, packed, bias, skip, time, row, residual, shortcut, scale, with_stats, out, launch, arch)
@@ -87,7 +86,8 @@ def upsample_conv(
     packed = weight if isinstance(weight, PackedConv) else pack_upsample_conv(weight, dtype=x.dtype)
     if packed.phases != 4:
         raise ValueError("upsample_conv needs weights from pack_upsample_conv; got those of pack_conv; pack them again")
-    shape = ConvShape(*(x.shape[i] for i in (0, 2, 3)), _channels(x, None), packed.out_channels, upsample=True)
+    n, _, h, w = x.shape
+    shape = ConvShape(n, h, w, _channels(x, None), packed.out_channels, upsample=True)
     return _run(shape, x, packed, bias, None, time, row, residual, shortcut, scale, with_stats, out, launch, arch)
 
 

@@ -211,7 +211,18 @@ def conv_kernel(
     column = phase * (SIZE * SIZE * (R1 + R2))
     dy, dx = phase // 2 - PAD, phase % 2 - PAD
     an, ah, aw = corner(n, h, w, valid, m0, images, ROWS, MW, STRIDE, MODE)
-    acc = tl.zeros([BN, BM], dtype=tl.float32)
+    UP: tl.constexpr = 2 if PHASES == 4 else 1
+    k = k0 + tl.arange(0, BN)
+    known = k < K
+    mask = known[:, None] & valid[None, :]
+    place = n.to(tl.int64) * (UP * UP * MH * MW)
+    place += (UP * h + phase // 2) * (UP * MW) + UP * w + phase % 2
+    at = place[None, :] * K + k[:, None]
+    # The sum starts from the residual: added behind it, it would pull the statistics into the layout of its load.
+    if residual is not None:
+        acc = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros([BN, BM], dtype=tl.float32)
     acc = accumulate(
         acc, x, weight, column, k0, an, ah, aw, m0, dy, dx, images,
         H, W, C1, K, COLUMNS, R1 + R2, SIZE, MODE, BM, BN, BC, WIDEN,
@@ -221,7 +232,6 @@ def conv_kernel(
             acc, skip, weight, column + R1, k0, an, ah, aw, m0, dy, dx, images,
             H, W, C2, K, COLUMNS, R1 + R2, SIZE, MODE, BM, BN, BC, WIDEN,
         )  # fmt: skip
-    UP: tl.constexpr = 2 if PHASES == 4 else 1
     if S1 > 0:
         Q1: tl.constexpr = (S1 + SHORT_BC - 1) // SHORT_BC * SHORT_BC
         Q2: tl.constexpr = (S2 + SHORT_BC - 1) // SHORT_BC * SHORT_BC
@@ -236,9 +246,6 @@ def conv_kernel(
                 MH * UP, MW * UP, S2, K, Q1 + Q2, Q1 + Q2, 1, SHORT_MODE, BM, BN, SHORT_BC, WIDEN,
             )  # fmt: skip
 
-    k = k0 + tl.arange(0, BN)
-    known = k < K
-    mask = known[:, None] & valid[None, :]
     if bias is not None:
         acc += tl.load(bias + k, mask=known, other=0.0).to(tl.float32)[:, None]
     if short_bias is not None:
@@ -250,11 +257,6 @@ def conv_kernel(
         acc += tl.load(time + r * K + k, mask=known, other=0.0).to(tl.float32)[:, None]
     if TIME == 2:
         acc += tl.load(time + n[None, :] * K + k[:, None], mask=mask, other=0.0).to(tl.float32)
-    place = n.to(tl.int64) * (UP * UP * MH * MW)
-    place += (UP * h + phase // 2) * (UP * MW) + UP * w + phase % 2
-    at = place[None, :] * K + k[:, None]
-    if residual is not None:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         acc *= scale
     stored = acc.to(y.dtype.element_ty)

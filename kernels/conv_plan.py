@@ -17,7 +17,7 @@ from .launch_conv import conv_launch, has_descriptors, part_pixels
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BOX, FLAT, HALVES, GATHER = range(4)  # conv_kernel's
-LARGEST_TILE = 256  # pixels
+LARGEST_TILE = 128  # pixels
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class ConvShape:
         return 4 if self.upsample else 1
 
     @property
+    def depth(self) -> int:
+        """Channels of a K slice."""
+        return slice_channels(self.channels, self.dtype)
+
+    @property
     def part(self) -> int:
         """Pixels in an entry of the statistics; 1 without."""
         return part_pixels(*self.grid) if self.with_stats else 1
@@ -86,22 +91,28 @@ class Specialization:
     programs: int
 
 
-@cache
 def specialization(shape: ConvShape, arch: int, launch: Launch | None = None) -> Specialization:
     """The kernel that ``shape`` runs on compute capability ``arch`` (90 for sm_90), under ``launch`` if given."""
+    return _specialize(shape, arch, launch) if launch else _chosen(shape, arch)
+
+
+@cache
+def _chosen(shape: ConvShape, arch: int) -> Specialization:
+    return _specialize(shape, arch, None)
+
+
+def _specialize(shape: ConvShape, arch: int, launch: Launch | None) -> Specialization:
     mh, mw = shape.grid
-    depth = slice_channels(shape.channels, shape.dtype)
-    short_depth = slice_channels(shape.shortcut, shape.dtype) if shape.shortcut else depth
     rows = cdiv(mh * mw, shape.part) * shape.part
     pixels = shape.images * rows
     if launch is None:
-        launch = conv_launch(pixels * shape.phases, shape.out_channels, depth, shape.part, shape.dtype, arch)
+        launch = conv_launch(pixels * shape.phases, shape.out_channels, shape.depth, shape.part, shape.dtype, arch)
     bm, bn = launch.meta["BM"], launch.meta["BN"]
     if bm % shape.part:
         raise ValueError(f"a tile must hold whole parts of {shape.part} pixels; got BM={bm}; choose a multiple")
-    mode, short_mode = _modes(shape, arch, rows, depth)
+    mode, short_mode = fetch_modes(shape, arch, rows)
     dtype = DTYPES[shape.dtype]
-    boxes = _boxes(shape, mode, short_mode, bm, bn, depth, short_depth)
+    boxes = source_boxes(shape, mode, short_mode, bm, bn)
     types = _argument_types(shape, dtype, boxes)
     channels, shortcut = (*shape.channels, 0), (*shape.shortcut, 0, 0)
     values = {name: None for name, kind in types.items() if kind == "constexpr"} | {
@@ -110,11 +121,11 @@ def specialization(shape: ConvShape, arch: int, launch: Launch | None = None) ->
         "SIZE": 2 if shape.upsample else shape.size, "STRIDE": shape.stride, "PAD": shape.padding[0],
         "PHASES": shape.phases, "TIME": {"none": 0, "one": 1, "row": 1, "image": 2}[shape.time_rows],
         "SCALED": shape.scaled, "MODE": mode, "SHORT_MODE": short_mode,
-        "BC": depth, "SHORT_BC": short_depth, "PART": shape.part, "WIDEN": interpreted(), **launch.meta,
+        "BC": shape.depth, "SHORT_BC": _short_depth(shape), "PART": shape.part, "WIDEN": interpreted(), **launch.meta,
     }  # fmt: skip
     return Specialization(
         kernel=device_code.conv_kernel,
-        signature=types | {name: "constexpr" for name in values},
+        signature=types | dict.fromkeys(values, "constexpr"),
         constexprs=values,
         boxes=boxes,
         launch=launch,
@@ -127,7 +138,15 @@ def interpreted() -> bool:
     return triton is not None and not isinstance(device_code.conv_kernel, triton.JITFunction)
 
 
-def _modes(shape: ConvShape, arch: int, rows: int, depth: int) -> tuple[int, int]:
+def _short_depth(shape: ConvShape) -> int:
+    return slice_channels(shape.shortcut, shape.dtype) if shape.shortcut else shape.depth
+
+
+def fetch_modes(
+    shape: ConvShape,
+    arch: int,
+    rows: int,  # of M an image
+) -> tuple[int, int]:
     """How slices of the inputs and of the shortcut's inputs are fetched. No result depends on it."""
     mh, mw = shape.grid
     lines = 16 // shape.dtype.itemsize  # channels in 16 bytes, the unit of descriptors' strides
@@ -141,15 +160,15 @@ def _modes(shape: ConvShape, arch: int, rows: int, depth: int) -> tuple[int, int
         elif shape.stride == 1 and whole:
             mode = BOX
         elif shape.stride == 2 and whole and shape.height % 2 == shape.width % 2 == 0:
-            mode = HALVES if all(c % depth == 0 for c in shape.channels) else GATHER
+            mode = HALVES if all(c % shape.depth == 0 for c in shape.channels) else GATHER
     if usable and not shape.upsample and all(c % lines == 0 for c in shape.shortcut):
         short_mode = FLAT
     return mode, short_mode
 
 
-def _boxes(
-    shape: ConvShape, mode: int, short_mode: int, bm: int, bn: int, depth: int, short_depth: int
-) -> dict[str, tuple[int, ...]]:
+def source_boxes(shape: ConvShape, mode: int, short_mode: int, bm: int, bn: int) -> dict[str, tuple[int, ...]]:
+    """The block of each descriptor, for tiles of ``bm`` pixels and ``bn`` output channels."""
+    depth, short_depth = shape.depth, _short_depth(shape)
     mh, mw = shape.grid
     w = min(mw, bm)
     h = min(mh, bm // w)

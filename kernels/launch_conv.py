@@ -57,13 +57,14 @@ class Tile(NamedTuple):
 
 
 TILES = (
-    Tile(128, 256, 8, 1.0, "two warpgroups share 256 pixels: fewest operand bytes for each product"),
-    Tile(128, 128, 8, 0.95, "square, 3 stages in 96 KB: two programs a multiprocessor overlap loop and epilogue"),
+    Tile(128, 128, 8, 1.0, "square, 3 stages in 96 KB: two programs a multiprocessor overlap loop and epilogue"),
     Tile(64, 128, 4, 0.8, "half a square: for few channels, or where squares leave multiprocessors idle"),
     Tile(64, 64, 4, 0.65, "small: spreads a small batch"),
     Tile(64, 32, 4, 0.45, "smaller: spreads a batch of 1"),
     Tile(64, 16, 4, 0.3, "smallest: a batch of 1 at 8x8 and below"),
 )
+# mma.sync takes its operands through registers, beside the accumulator: 8 warps for 64 x 128, 4 would spill.
+MMA_SYNC_TILES = tuple(t._replace(warps=8) if t.channels * t.pixels == 64 * 128 else t for t in TILES)
 NARROW_TILES = (
     Tile(16, 128, 4, 0.5, "at most 16 output channels: 16 is the least that a matrix instruction takes"),
     Tile(16, 64, 4, 0.4, "at most 16 output channels, spread wider"),
@@ -86,8 +87,10 @@ def conv_launch(
 ) -> Launch:
     """The tile that finishes first: rounds over the multiprocessors times the time of one round."""
     narrow = out_channels <= 16 and dtype != torch.float32
-    tiles = FULL_PRECISION_TILES if dtype == torch.float32 else NARROW_TILES if narrow else TILES
-    usable = [t for t in tiles if t.pixels >= part and (t.pixels <= 128 or _has_groups(arch))]
+    tiles = NARROW_TILES if narrow else TILES if _has_groups(arch) else MMA_SYNC_TILES
+    if dtype == torch.float32:
+        tiles = FULL_PRECISION_TILES
+    usable = [t for t in tiles if t.pixels >= part]
     sms = MULTIPROCESSORS.get(arch, 128)
     tile = min(usable, key=lambda t: _time(t, pixels, out_channels, sms))
     return Launch(
@@ -95,6 +98,26 @@ def conv_launch(
         num_stages=_stages(tile, depth, dtype, arch),
         meta={"BN": tile.channels, "BM": tile.pixels, "RUN": min(part, in_order(arch, dtype, tile.channels))},
         reason=tile.why,
+    )
+
+
+@cache
+def step_launch(
+    images: int,
+    pixels: int,  # of one image
+    out_channels: int,  # rows of the packed weights
+    dtype: torch.dtype,
+    arch: int,
+) -> Launch:
+    """A tile of `conv_step`: all output channels, pixels of a single image (one sample id a program)."""
+    channels = max(16, next_power_of_2(out_channels))
+    largest = 32 if dtype == torch.float32 else 128 if images * pixels >= 128 * MULTIPROCESSORS.get(arch, 128) else 64
+    tile = Tile(channels, max(16, min(largest, next_power_of_2(pixels))), 4, 1.0, "")
+    return Launch(
+        num_warps=tile.warps,
+        num_stages=_stages(tile, 64, dtype, arch),
+        meta={"BN": tile.channels, "BM": tile.pixels},
+        reason="the whole output in one tile, so that the epilogue has every channel of its pixels",
     )
 
 
@@ -110,10 +133,11 @@ def _stages(tile: Tile, depth: int, dtype: torch.dtype, arch: int) -> int:
     """Copies in flight: deep where tiles are small, within the shared memory of the architecture.
 
     The limit leaves room for two programs on sm_80, sm_90 and sm_100 (164 and 228 KB), and for one in the
-    100 KB of sm_86, sm_89 and sm_120; the largest tile takes a multiprocessor for itself.
+    100 KB of sm_86, sm_89 and sm_120. Without warpgroups a loop of s stages keeps s - 1 tiles.
     """
     if dtype == torch.float32:
         return 2
     stage = (tile.channels + tile.pixels) * depth * dtype.itemsize
-    budget = (200 if tile.pixels > 128 else 104) * 1024 if _has_groups(arch) else 80 * 1024
-    return max(2, min(5, budget // stage + (0 if _has_groups(arch) else 1)))
+    if _has_groups(arch) and tile.channels >= 64:
+        return max(2, min(5, 104 * 1024 // stage))
+    return max(2, min(5, 80 * 1024 // stage + 1))

@@ -39,6 +39,8 @@ class Ops:
     sampler_step: Callable[..., Tensor]
     enter: Callable[[Tensor], Feature] = lambda x: x  # a tensor into the set's own form
     leave: Callable[[Feature], Tensor] = lambda x: x  # and back, for what has no operation here
+    # conv_out and sampler_step in one launch, where the set has it: kernels/conv_step.py. The engine asks.
+    conv_step: Callable[..., Tensor] | None = None
     # Why a call (operation, its arguments by name) runs on the reference operation instead; None: it does not.
     falls_back: Callable[[str, Mapping[str, Any]], str | None] = lambda operation, arguments: None
 

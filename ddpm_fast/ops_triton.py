@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import reference
+from .kernels.cost import CHANNEL_PAD
 from .kernels.reference import Shortcut
 from .ops import Ops
 from .recording import weight_shape
@@ -44,7 +46,7 @@ class FeatureMap:
 def build() -> Ops:
     """The set; RuntimeError where Triton is not installed."""
     from .kernels import conv as conv_kernels
-    from .kernels import launch, norm_act, sampler_step
+    from .kernels import conv_step, launch, norm_act, sampler_step
 
     if launch.triton is None:
         raise RuntimeError(
@@ -61,15 +63,23 @@ def build() -> Ops:
         sampler_step=_sampler_step(sampler_step.sampler_step),
         enter=enter,
         leave=leave,
+        conv_step=lambda x, *args, **kwargs: conv_step.conv_step(x.data, *args, **kwargs),
         falls_back=falls_back,
     )
 
 
 def enter(x: Tensor) -> FeatureMap:
-    """[N, C, H, W] in any memory format -> a feature map without statistics."""
+    """[N, C, H, W] in any memory format -> a feature map without statistics.
+
+    Channels are padded with zeros to CHANNEL_PAD, without which conv_in could not read 16 bytes at once. The
+    low-precision copy that the sampler step leaves is so already, and is taken as it is.
+    """
     if torch.is_grad_enabled() and x.requires_grad:
         raise _no_gradients()
-    return FeatureMap(x.contiguous(memory_format=torch.channels_last))
+    missing = CHANNEL_PAD - x.shape[1]
+    if missing > 0 and x.dtype in DTYPES:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    return FeatureMap(_channels_last(x))
 
 
 def leave(x: FeatureMap) -> Tensor:
@@ -81,6 +91,8 @@ def falls_back(operation: str, arguments: Mapping[str, Any]) -> str | None:
     image = arguments["out"] if operation == "sampler_step" else arguments.get("x")
     if image is not None and image.dtype not in DTYPES:
         return f"no kernel computes in {image.dtype}"
+    if operation == "sampler_step" and arguments["thresholding"] is not None:
+        return "dynamic thresholding sorts whole images, for which there is no kernel"
     if operation == "norm_act" and arguments["act"] not in ("silu", "swish", "none"):
         return f"norm_act has no kernel with {arguments['act']}"
     if operation == "conv" and weight_shape(arguments["weight"])[2] not in (1, 3):
@@ -106,9 +118,7 @@ def _norm_act(kernel: Callable[..., Tensor]) -> Callable[..., FeatureMap]:
     return norm_act
 
 
-def _convolution(
-    operation: str, kernel: Callable[..., Any], plain: Callable[..., Any]
-) -> Callable[..., FeatureMap]:
+def _convolution(operation: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., FeatureMap]:
     def convolution(*args: Any, **kwargs: Any) -> FeatureMap:
         a = _bind(operation, args, kwargs)
         if torch.is_grad_enabled() and getattr(a["weight"], "requires_grad", False):
@@ -119,6 +129,8 @@ def _convolution(
         if a["shortcut"] is not None:
             s = a["shortcut"]
             a["shortcut"] = Shortcut(s.x.data, _pixels(s.skip), s.weight, s.bias)
+        if a["time"] is not None:
+            a["time"] = a["time"].contiguous()
         if not falls_back(operation, a):
             y = kernel(**a)
             return FeatureMap(*y) if a["with_stats"] else FeatureMap(y)
@@ -131,7 +143,10 @@ def _convolution(
 def _sampler_step(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def sampler_step(*args: Any, **kwargs: Any) -> Tensor:
         a = _bind("sampler_step", args, kwargs)
-        return (reference.sampler_step if falls_back("sampler_step", a) else kernel)(**a)
+        if falls_back("sampler_step", a):
+            return reference.sampler_step(**a)
+        del a["thresholding"]
+        return kernel(**a)
 
     return sampler_step
 

@@ -44,7 +44,8 @@ def recording(ops: Ops, form: str = "fused") -> tuple[Ops, list[Record]]:
     that ``ops`` hands to the reference operation (`Ops.falls_back`) is priced plain in either.
     """
     recorder = _Recorder(ops, form)
-    return replace(ops, **{name: recorder.around(name) for name in _PRICES}), recorder.log
+    names = [name for name in _PRICES if getattr(ops, name) is not None]
+    return replace(ops, **{name: recorder.around(name) for name in names}), recorder.log
 
 
 class _Recorder:
@@ -56,7 +57,7 @@ class _Recorder:
 
     def around(self, name: str) -> Callable[..., Any]:
         operation = getattr(self.ops, name)
-        signature = inspect.signature(getattr(reference, name))
+        signature = inspect.signature(_definition(name))
         price = _PRICES[name]
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -68,10 +69,21 @@ class _Recorder:
             y = operation(*args, **kwargs)
             if arguments.get("with_stats") and form == "fused":
                 self.parts[y] = _parts(name, tuple(y.shape))
-            self.log.append(Record(name, (*entry.shapes, ("out", tuple(y.shape))), entry.dtype, entry.detail, entry.cost))
+            self.log.append(
+                Record(name, (*entry.shapes, ("out", tuple(y.shape))), entry.dtype, entry.detail, entry.cost)
+            )
             return y
 
         return recorded
+
+
+def _definition(name: str) -> Callable[..., Any]:
+    """Whose signature the operation has."""
+    if name != "conv_step":
+        return getattr(reference, name)
+    from .kernels import conv_step
+
+    return conv_step.conv_step
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,10 @@ def weight_shape(weight: Any) -> tuple[int, int, int]:
 
 def _norm_act(call: _Call) -> _Entry:
     x, skip = call["x"], call["skip"]
-    priced = cost.norm_act(
+    before, parts, skip_parts = Cost(), call.parts("x"), call.parts("skip")
+    if call.form == "fused":
+        before, parts, skip_parts = _statistics(x, skip, call["groups"], parts, skip_parts)
+    priced = before + cost.norm_act(
         x.shape,
         x.dtype,
         skip_channels=_channels(skip),
@@ -142,14 +157,31 @@ def _norm_act(call: _Call) -> _Entry:
         bias_rows=call.rows("bias_row"),
         shift_rows=call.rows("scale_shift"),
         residual=call["residual"] is not None,
-        parts=call.parts("x"),
-        skip_parts=call.parts("skip"),
+        parts=parts,
+        skip_parts=skip_parts,
         form=call.form,
     )
     detail = f"{call['groups']} groups, {call['act']} " + _with(
         skip=skip is not None, bias_row=call["bias_row"] is not None, scale_shift=call["scale_shift"] is not None
     )
     return _Entry(_shapes(call, "x", "skip"), x.dtype, detail.strip(), priced)
+
+
+def _statistics(x: Feature, skip: Feature | None, groups: int, parts: int, skip_parts: int) -> tuple[Cost, int, int]:
+    """What statistics cost that no producer left, and the parts of both: nothing where a tile holds whole groups."""
+    from .kernels import launch
+
+    channels, pixels = _channels(x) + _channels(skip), x.shape[2] * x.shape[3]
+    if not (parts or skip_parts) and launch.norm_tile_launch(channels, groups, pixels, x.dtype.itemsize) is not None:
+        return Cost(), 0, 0
+    before = Cost()
+    if not parts:
+        parts = launch.stats_launch(_channels(x), pixels).meta["PARTS"]
+        before += cost.channel_stats(x.shape, x.dtype, parts)
+    if skip is not None and not skip_parts:
+        skip_parts = launch.stats_launch(_channels(skip), pixels).meta["PARTS"]
+        before += cost.channel_stats(skip.shape, skip.dtype, skip_parts)
+    return before, parts, skip_parts
 
 
 def _epilogue(call: _Call) -> dict[str, Any]:
@@ -233,6 +265,19 @@ def _sampler_step(call: _Call) -> _Entry:
     return _Entry(_shapes(call, "x"), out.dtype, f"{call['variance']} variance", priced)
 
 
+def _conv_step(call: _Call) -> _Entry:
+    x, x_t, low = call["x"], call["x_t"], call["low"]
+    priced = cost.conv_step(
+        x.shape,
+        x_t.shape[1],
+        x.dtype,
+        variance=call["variance"],
+        low_channels=None if low is None else low.shape[1],
+        form=call.form,
+    )
+    return _Entry(_shapes(call, "x", "x_t"), x.dtype, f"3x3, {call['variance']} variance", priced)
+
+
 _PRICES: dict[str, Callable[[_Call], _Entry]] = {
     "norm_act": _norm_act,
     "conv": _conv,
@@ -241,4 +286,5 @@ _PRICES: dict[str, Callable[[_Call], _Entry]] = {
     "downsample": _downsample,
     "attention": _attention,
     "sampler_step": _sampler_step,
+    "conv_step": _conv_step,
 }

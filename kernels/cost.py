@@ -25,6 +25,8 @@ import torch
 
 VECTOR_BYTES = 4  # float32: biases, norm weights, time rows, statistics, x_t
 CHANNEL_PAD = 16  # the low-precision copy of x that conv_in reads has its channels padded to a multiple of this
+MAX_PARTS = 64  # statistics of more parts are merged, MERGE_RUN to one, before a norm_act reads them
+MERGE_RUN = 32
 TABLE_ROW_BYTES = 12 * 4  # one row of a step table, reference.TABLE_WIDTH float32 values
 FORMS = ("fused", "plain")
 
@@ -74,7 +76,8 @@ def norm_act(
     skip_parts: int = 0,
     form: str = "fused",
 ) -> Cost:
-    """Fused: [x, skip] in, the result out, in one launch; statistics are 12 bytes a channel and part.
+    """Fused: [x, skip] in, the result out, in one launch; statistics are 12 bytes a channel and part. Where
+    there are more than MAX_PARTS of them, launches before it merge them.
 
     Plain: concatenation, row addition, normalisation, scale and shift (two), activation, residual.
     """
@@ -83,10 +86,18 @@ def norm_act(
     image = pixels * channels * size
     vectors = VECTOR_BYTES * channels * (2 * affine + bias_rows + 2 * shift_rows)
     if _is_fused(form):
+        merging, parts = _merge(n, c1, parts)
+        skip_merging, skip_parts = _merge(n, skip_channels, skip_parts)
         statistics = VECTOR_BYTES * 3 * n * (parts * c1 + skip_parts * skip_channels)
-        return Cost(0, image * (1 + residual) + vectors + statistics, image, 1)
+        return Cost(0, image * (1 + residual) + vectors + statistics, image, 1) + merging + skip_merging
     unary = (skip_channels > 0) + (bias_rows > 0) + 1 + 2 * (shift_rows > 0) + act
     return Cost(0, image * (unary + 2 * residual) + vectors, image * (unary + residual), unary + residual)
+
+
+def channel_stats(x: Sequence[int], dtype: torch.dtype, parts: int) -> Cost:
+    """Statistics [N, P, 3, C] of x in a launch of their own: what norm_act needs first of a large image whose
+    producer left none."""
+    return Cost(0, _count(x) * dtype.itemsize, VECTOR_BYTES * 3 * x[0] * parts * x[1], 1)
 
 
 def conv(
@@ -241,6 +252,16 @@ def _product(image: int, pixels: int, channels: int, out: int, taps: int, bias: 
     """One matrix product an output pixel: image bytes and weights in, [pixels, out] out, one launch."""
     read = image + taps * channels * out * dtype.itemsize + VECTOR_BYTES * out * bias
     return Cost(2 * pixels * taps * channels * out, read, pixels * out * dtype.itemsize, 1)
+
+
+def _merge(n: int, channels: int, parts: int) -> tuple[Cost, int]:
+    """Merge statistics until at most MAX_PARTS are left: the cost, and how many are."""
+    cost, part = Cost(), VECTOR_BYTES * 3 * n * channels
+    while parts > MAX_PARTS:
+        fewer = -(-parts // MERGE_RUN)
+        cost += Cost(0, part * parts, part * fewer, 1)
+        parts = fewer
+    return cost, parts
 
 
 def _epilogue(

@@ -68,8 +68,15 @@ def as_tuple(c: Cost) -> tuple[int, int, int]:
 @pytest.mark.parametrize("form", cost.FORMS)
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "skip", "shortcut"),
-    [(3, 1, None, 0, 0), (1, 1, None, 0, 0), (3, 2, (1, 1), 0, 0), (3, 2, (0, 1), 0, 0), (3, 1, None, 7, 0), (3, 1, None, 0, 9)],
-)  # fmt: skip
+    [
+        (3, 1, None, 0, 0),
+        (1, 1, None, 0, 0),
+        (3, 2, (1, 1), 0, 0),
+        (3, 2, (0, 1), 0, 0),
+        (3, 1, None, 7, 0),
+        (3, 1, None, 0, 9),
+    ],
+)
 def test_conv_flops(form: str, kernel: int, stride: int, padding: tuple[int, int] | None, skip: int, shortcut: int):
     c, k = 5, 11
     s = Shortcut(meta(N, shortcut, H, W), None, meta(k, shortcut, 1, 1), meta(k)) if shortcut else None
@@ -291,3 +298,28 @@ def test_costs_add_and_are_timed_by_the_slower_roof():
 def test_an_unknown_form_is_refused(f: Callable[..., Cost]):
     with pytest.raises(ValueError, match="fused, plain; got 'eager'"):
         f((1, 8, 4, 4), BF16, form="eager")
+
+
+# --- statistics ---
+
+
+def test_many_statistics_are_merged_before_they_are_read():
+    x = (N, 16, 64, 64)
+    few, many = cost.norm_act(x, BF16, parts=64), cost.norm_act(x, BF16, parts=2100)
+    assert few.launches == 1
+    part = moved(meta(N, 3, 16))
+    # 2100 parts -> 66 -> 3, each launch reading one and writing the next; norm_act reads the last.
+    assert many.launches == 3
+    assert many.bytes_read - few.bytes_read == part * (2100 + 66 + 3 - 64)
+    assert many.bytes_written - few.bytes_written == part * (66 + 3)
+
+
+def test_the_merging_rule_is_the_kernels_own():
+    from ddpm_fast.kernels import launch
+
+    assert cost.MAX_PARTS == launch.MAX_PARTS
+
+
+def test_statistics_in_a_launch_of_their_own():
+    x = meta(N, 16, H, W, dtype=BF16)
+    assert as_tuple(cost.channel_stats(x.shape, BF16, 4)) == (moved(x), moved(meta(N, 4, 3, 16)), 1)

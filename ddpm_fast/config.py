@@ -136,7 +136,7 @@ def _check_numbers(c: UNetConfig) -> None:
             raise _wrong(name, getattr(c, name), "true or false")
     size = c.sample_size
     sizes = size if isinstance(size, tuple) else (size,)
-    if size is not None and not (all(_is_int(s) and s > 0 for s in sizes) and len(sizes) in (1, 2)):
+    if size is not None and not (all(isinstance(s, int) and s > 0 for s in sizes) and len(sizes) in (1, 2)):
         raise _wrong("sample_size", size, "a positive integer, a pair of them, or null")
 
 
@@ -168,7 +168,9 @@ def _check_blocks(c: UNetConfig) -> None:
             raise _wrong(name, value, f"as long as block_out_channels ({c.levels})")
         for kind in value:
             if kind in NOT_SUPPORTED_YET:
-                raise ValueError(f"UNetConfig.{name}: {kind} (NCSN++ skip blocks with FIR resampling) is not supported yet")
+                raise ValueError(
+                    f"UNetConfig.{name}: {kind} (NCSN++ skip blocks with FIR resampling) is not supported yet"
+                )
             if kind not in allowed:
                 raise _wrong(name, kind, "made of " + ", ".join(allowed))
 
@@ -193,4 +195,6 @@ def _check_channels(c: UNetConfig) -> None:
             widths.add((previous if j == 0 else out) + (last_skip if j == c.layers_per_block else out))
     for n in sorted(widths):
         if n % c.norm_num_groups:
-            raise _wrong("norm_num_groups", c.norm_num_groups, f"a divisor of every width it normalises; {n} is not a multiple")
+            raise _wrong(
+                "norm_num_groups", c.norm_num_groups, f"a divisor of every width it normalises; {n} is not a multiple"
+            )

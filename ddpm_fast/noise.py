@@ -35,7 +35,8 @@ class Philox:
         self.seed, self.ids, self.shape, self.in_kernel = seed, ids, shape, in_kernel
         per_step = len(ids) * shape[0] * shape[1] * shape[2]
         self._span = max(1, _BLOCK_ELEMENTS // max(per_step, 1))
-        self._start, self._block = 0, None
+        self._start = 0
+        self._block: Tensor | None = None
 
     def initial(self) -> Tensor:
         step = torch.tensor([INITIAL_STEP], device=self.ids.device)
@@ -65,8 +66,7 @@ class TorchNoise:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        many = isinstance(generators, Sequence)
-        self.generators = list(generators) if many else [generators]  # type: ignore[arg-type]
+        self.generators = [generators] if isinstance(generators, torch.Generator) else list(generators)
         if len(self.generators) not in (1, shape[0]):
             raise ValueError(f"a list of generators needs one an image; got {len(self.generators)} for {shape[0]}")
         self.shape, self.draws, self.dtype, self.device = shape, draws, dtype, device

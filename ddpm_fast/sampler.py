@@ -87,8 +87,9 @@ class Sampler:
     ) -> Tensor:  # [n, C, H, W] float32, in [-1, 1] where the schedule clips
         """Draw samples first_id .. first_id + n - 1 of ``seed``.
 
-        callback(step, x) is called after every ``interval`` steps and after the last, with the steps done and
-        the batch as it stands, [<= batch_size, C, H, W] float32 on the sampler's device; copy it to keep it.
+        callback(step, x) is called with x_T, after every ``interval`` steps and after the last, with the steps
+        done and the batch as it stands, [<= batch_size, C, H, W] float32 on the sampler's device; copy it to
+        keep it.
         """
         if n < 0:
             raise ValueError(f"n must be 0 or more; got {n}")
@@ -106,6 +107,8 @@ class Sampler:
                 x = source.initial()
                 if self.device.type == "cpu":
                     x = x.contiguous(memory_format=torch.channels_last)
+                if callback is not None:
+                    callback(0, x)
                 batch_labels = None if all_labels is None else all_labels[start:stop]
                 for done in self._steps(x, source, batch_labels):
                     if done % interval == 0 or done == len(self.table):
@@ -195,8 +198,9 @@ class Sampler:
             if self.model.class_embedding is None:
                 raise ValueError("this model has no classes, so it takes no labels")
             classes = self.num_classes
-            if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-                raise ValueError(f"labels must be in 0..{classes - 1}; got {int(labels.min())}..{int(labels.max())}")
+            low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
+            if classes is not None and not 0 <= low <= high < classes:
+                raise ValueError(f"labels must be in 0..{classes - 1}; got {low}..{high}")
         return labels
 
 

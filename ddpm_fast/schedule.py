@@ -228,7 +228,9 @@ class Schedule:
             return [round(total - i * (total / steps)) - 1 for i in range(steps)]
         chain = [i * (total // steps) + self.steps_offset for i in reversed(range(steps))]
         if chain[0] >= total:
-            raise ValueError(f"steps_offset={self.steps_offset} with {steps} steps starts past the last timestep, {total - 1}")
+            raise ValueError(
+                f"steps_offset={self.steps_offset} with {steps} steps starts past the last timestep, {total - 1}"
+            )
         return chain
 
     def _at(self, t: int | Tensor, like: Tensor) -> tuple[Any, Any]:

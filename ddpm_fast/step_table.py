@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -116,6 +117,6 @@ def _custom_chain(schedule: Schedule, timesteps: Sequence[int]) -> list[int]:
     last = schedule.num_train_timesteps - 1
     if not chain or any(not 0 <= t <= last for t in chain):
         raise ValueError(f"timesteps must be a non-empty list within 0..{last}; got {chain}")
-    if any(b >= a for a, b in zip(chain, chain[1:])):
+    if any(b >= a for a, b in pairwise(chain)):
         raise ValueError(f"timesteps must descend strictly; got {chain}")
     return chain

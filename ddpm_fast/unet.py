@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,9 @@ class Attention(nn.Module):
         return torch.cat([p.weight for p in parts])[:, :, None, None], torch.cat([p.bias for p in parts])
 
     def projection(self) -> tuple[Tensor, Tensor]:
-        return self.to_out[0].weight[:, :, None, None], self.to_out[0].bias
+        out = self.to_out[0]
+        assert isinstance(out, nn.Linear)
+        return out.weight[:, :, None, None], out.bias
 
     def forward(self, ops: Ops, x: Feature) -> Feature:
         h = x if self.group_norm is None else _norm_act(ops, self.group_norm, x, "none")
@@ -323,7 +326,7 @@ class UNet(nn.Module):
         if c.time_embedding_type == "positional":
             features = sinusoid(t, c.block_out_channels[0], c.freq_shift, c.flip_sin_to_cos)
         else:
-            features = self.time_proj(t)
+            features = cast(nn.Module, self.time_proj)(t)
         return features.to(self.dtype)
 
     def time_table(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -339,11 +342,11 @@ class UNet(nn.Module):
         h = ops.conv(ops.enter(x), self.conv_in.weight, self.conv_in.bias, with_stats=True)
         skips = [h]
         for block in self.down_blocks:
-            h = block.down(ops, h, skips, time)
+            h = cast(Block, block).down(ops, h, skips, time)
         if self.mid_block is not None:
             h = self.mid_block(ops, h, time)
         for block in self.up_blocks:
-            h = block.up(ops, h, skips, time)
+            h = cast(Block, block).up(ops, h, skips, time)
         h = _norm_act(ops, self.conv_norm_out, h, "silu")
         y = ops.leave(ops.conv(h, self.conv_out.weight, self.conv_out.bias))
         return time.divide(y) if self.config.time_embedding_type == "fourier" else y

@@ -9,6 +9,7 @@ Each function runs on any device (``meta`` too) and is differentiable; ``out=`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ TABLE_WIDTH = 12
 # The step index under which the initial x_T is drawn.
 INITIAL_STEP = 0xFFFFFFFF
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "mish": F.mish,

@@ -1,0 +1,65 @@
+"""From the ``train`` command's words to a run: a preset, the data, and overrides by field name."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import UNetConfig
+from .data import load_data
+from .presets import TrainConfig
+from .presets import preset as preset_by_name
+from .schedule import Schedule
+from .training import train
+
+
+def run(
+    data: str,
+    out: Path,
+    preset_name: str,
+    image_size: int | None,
+    label_dropout: float,
+    unconditional: bool,
+    strict: bool,
+    device: torch.device,
+    overrides: dict[str, Any],
+) -> bool:
+    """Train to the end, or until a signal: then False. ValueError for settings that do not exist or fit."""
+    preset = preset_by_name(preset_name)
+    parts = split_overrides(overrides)
+    config = replace(preset.train, label_dropout=label_dropout or preset.train.label_dropout)
+    config = replace(config, **parts[TrainConfig])
+    source = data or preset.data
+    if not source:
+        raise ValueError(f"preset {preset_name} brings no images of its own: name a folder, an .npz or a .tar of them")
+    images = load_data(source, image_size, channels=parts[UNetConfig].get("in_channels", 3), strict=strict)
+    if unconditional:
+        images = replace(images, labels=None, label_names=None)
+    if config.label_dropout and not images.num_classes:
+        raise ValueError("label dropout needs labelled images: put each class in a folder of its own")
+    model = UNetConfig(**preset.model_for(images, config.label_dropout, **parts[UNetConfig]))
+    schedule = Schedule(**{**preset.schedule, **parts[Schedule]})
+    result = train(images, out, model, schedule, config, device)
+    if result.finished:
+        print(f"trained {result.step:,} steps; the model is in {out}: ddpm-fast sample {out}")
+    return result.finished
+
+
+def split_overrides(overrides: dict[str, Any]) -> dict[type, dict[str, Any]]:
+    """Each name to the class that has it; of names in two (num_train_timesteps), to both."""
+    owners: tuple[type, ...] = (TrainConfig, UNetConfig, Schedule)
+    names = {owner: {f.name for f in fields(owner)} for owner in owners}
+    known = sorted(set.union(*names.values()))
+    parts: dict[type, dict[str, Any]] = {owner: {} for owner in owners}
+    for name, value in overrides.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            raise ValueError(f"no setting is called {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        for owner in owners:
+            if name in names[owner]:
+                parts[owner][name] = value
+    return parts

@@ -24,7 +24,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0  # the learning rate rises linearly over them
-    lr_schedule: str = "constant"  # constant | cosine (to zero at the last step)
+    lr_schedule: str = "constant"  # constant | cosine (to zero at the end)
     grad_clip: float | None = 1.0  # largest global gradient norm; None: no clipping
     ema_decay: float = 0.9999
     flip: bool = False  # mirror each image with probability 1/2
@@ -39,10 +39,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("batch_size", "steps", "checkpoint_every", "log_every", "sample_count", "sample_steps"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "sample_every", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name, least in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= least, name, f"a whole number of at least {least}", value)
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _require(self.lr > 0 and math.isfinite(self.lr), "lr", "positive", self.lr)
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two in [0, 1)", self.betas)
         _require(self.eps > 0, "eps", "positive", self.eps)
@@ -57,6 +58,10 @@ class TrainConfig:
         return {**asdict(self), "betas": list(self.betas)}
 
 
+_WHOLE_NUMBERS = {
+    **dict.fromkeys(("batch_size", "steps", "checkpoint_every", "sample_count", "sample_steps", "log_every"), 1),
+    **dict.fromkeys(("warmup_steps", "sample_every", "seed"), 0),
+}
 CHOICES = {
     "optimizer": ("adam", "adamw"),
     "lr_schedule": ("constant", "cosine"),
@@ -124,25 +129,26 @@ _GOOGLE = {
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         model={
-            "block_out_channels": (32, 64, 80),
-            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            "block_out_channels": (32, 64, 64),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
             "layers_per_block": 1,
             "norm_num_groups": 16,
-            "attention_head_dim": 16,
+            "attention_head_dim": 32,
         },
         schedule={"num_train_timesteps": 1000, "beta_schedule": "linear"},
         train=TrainConfig(
-            batch_size=128,
-            steps=12_000,
+            batch_size=64,
+            steps=24_000,
             lr=2e-3,
             optimizer="adamw",
             weight_decay=0.01,
             warmup_steps=200,
             lr_schedule="cosine",
-            ema_decay=0.999,
+            ema_decay=0.9995,
+            precision="bf16",
             checkpoint_every=500,
-            sample_every=500,
+            sample_every=1000,
         ),
         image_size=16,
         data="avatars:pixel-art",

@@ -24,7 +24,10 @@ class ResumeError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes beside ``path``, flushes to the disk, and renames: ``path`` is whole or not there."""
+    """Writes beside ``path``, flushes to the disk, and renames: ``path`` is whole or not there.
+
+    The temporary name is always the same, so a run that is killed again and again leaves one such file at most.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as stream:
         write(stream)
@@ -51,12 +54,17 @@ def state_paths(folder: Path) -> list[Path]:
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Writes ``state`` under its step and drops all but the last two."""
+    """Writes ``state`` under its step, and drops all but the last two.
+
+    States of later steps go too: a run that is here again passed over them because they did not read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:09d}.pt"
     write_atomically(path, lambda stream: torch.save(dict(state), stream))
-    for old in state_paths(folder)[:-KEPT_STATES]:
-        old.unlink(missing_ok=True)
+    paths = state_paths(folder)
+    end = paths.index(path) + 1
+    for stale in paths[: max(0, end - KEPT_STATES)] + paths[end:]:
+        stale.unlink(missing_ok=True)
     return path
 
 
@@ -107,7 +115,7 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

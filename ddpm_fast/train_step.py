@@ -8,7 +8,8 @@ state is saved, and a resumed run repeats the uninterrupted one bit for bit on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,8 @@ from .data import DataError, ImageData
 from .diffusion import training_loss
 from .ema import EMA
 from .presets import TrainConfig, learning_rate
+from .schedule import Schedule
 from .unet import UNet
-
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
 # Independent streams of random numbers, each indexed by the step (ORDER: by the epoch).
 INIT, ORDER, FLIP, LABEL, DIFFUSION, DROPOUT = range(6)
@@ -48,14 +47,19 @@ def generator(seed: int, stream: int, index: int, device: torch.device | str = "
     return torch.Generator(device).manual_seed(stream_seed(seed, stream, index))
 
 
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:  # [count] int64, not to be changed
+    """The shuffled images of one epoch."""
+    return torch.randperm(count, generator=generator(seed, ORDER, epoch)).numpy()
+
+
 def batch_index(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:  # [batch_size] int64
     """The images of 0-based ``step``: the next ones of an endless row of shuffled epochs."""
     position, end = step * batch_size, (step + 1) * batch_size
     parts = []
     while position < end:
         epoch, start = divmod(position, count)
-        order = torch.randperm(count, generator=generator(seed, ORDER, epoch)).numpy()
-        parts.append(order[start : start + end - position])
+        parts.append(epoch_order(count, seed, epoch)[start : start + end - position])
         position += len(parts[-1])
     return np.concatenate(parts)
 
@@ -87,14 +91,41 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def check_fit(data: ImageData, model: UNetConfig, config: TrainConfig) -> None:
-    """Raises ValueError if images, classes and network do not belong together."""
+def check_fit(data: ImageData, model: UNetConfig, schedule: Schedule, config: TrainConfig) -> None:
+    """Raises ValueError if images, classes, network and schedule do not belong together."""
+    _check_images(data, model)
+    _check_classes(data, model, config)
+    if schedule.learned != "fixed" or model.out_channels != model.in_channels:
+        raise ValueError(
+            f"L_simple trains no variance: the schedule's must be fixed and the model's out_channels its in_channels "
+            f"{model.in_channels}; got variance_type {schedule.variance_type!r} and {model.out_channels}"
+        )
+    if model.time_embedding_type == "fourier":
+        raise ValueError(
+            "training needs time_embedding_type 'positional' or 'learned': 'fourier' takes the log of t = 0"
+        )
+    if model.time_embedding_type == "learned" and (model.num_train_timesteps or 0) < schedule.num_train_timesteps:
+        raise ValueError(
+            f"a learned time embedding needs num_train_timesteps of at least the schedule's "
+            f"{schedule.num_train_timesteps}; got {model.num_train_timesteps}"
+        )
+
+
+def _check_images(data: ImageData, model: UNetConfig) -> None:
     channels, height, width = data.image_shape
     if model.in_channels != channels:
         raise DataError(f"the model's in_channels must be the data's channels {channels}; got {model.in_channels}")
-    size = model.sample_size
-    if size is not None and (size if isinstance(size, tuple) else (size, size)) != (height, width):
-        raise DataError(f"the model's sample_size must be the data's {height}x{width}; got {size}")
+    if model.image_size not in (None, (height, width)):
+        raise DataError(f"the model's sample_size must be the data's {height}x{width}; got {model.sample_size}")
+    multiple = 2 ** (model.levels - 1)
+    if height % multiple or width % multiple:
+        raise DataError(
+            f"a model of {model.levels} levels needs images whose sides are multiples of {multiple}; "
+            f"got {height}x{width}. Give image_size to scale and crop them"
+        )
+
+
+def _check_classes(data: ImageData, model: UNetConfig, config: TrainConfig) -> None:
     if model.class_embed_type is not None:
         raise ValueError(f"training needs class_embed_type None; got {model.class_embed_type!r}")
     classes = model.num_class_embeds
@@ -125,7 +156,7 @@ class Trainer:
         device: torch.device,
         init_from: nn.Module | None = None,
     ):
-        check_fit(data, model_config, config)
+        check_fit(data, model_config, schedule, config)
         self.data, self.schedule, self.config, self.device = data, schedule, config, device
         torch.manual_seed(stream_seed(config.seed, INIT, 0))
         model = UNet(model_config)

@@ -16,21 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import train_state
+from .checkpoints import diffusers
 from .config import UNetConfig
 from .data import ImageData
+from .images import grid, save_picture
 from .presets import ADJUSTABLE, TrainConfig, learning_rate
+from .sampler import Sampler, to_uint8
+from .schedule import Schedule
 from .train_state import ResumeError
 from .train_step import Batch, Trainer, make_batch
-
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
 
 class TrainingDiverged(RuntimeError):
@@ -192,15 +193,10 @@ class _Run:
 
     def _export(self) -> None:
         """The EMA weights in the diffusers layout."""
-        from .checkpoints import diffusers
-
         diffusers.save(self.out, self.trainer.ema.model, self.trainer.schedule)
 
     def _preview(self, done: int) -> None:
         """A grid of samples from the EMA weights, always from the same noise."""
-        from .previews import save_grid
-        from .sampler import Sampler
-
         began_s = time.perf_counter()
         trainer, count = self.trainer, self.config.sample_count
         steps = min(self.config.sample_steps, trainer.schedule.num_train_timesteps)
@@ -208,7 +204,8 @@ class _Run:
         if trainer.model.config.num_class_embeds is not None:
             labels = torch.arange(count, device=trainer.device) % trainer.data.num_classes
         sampler = Sampler(trainer.ema.model, trainer.schedule, batch_size=count, steps=steps, device=trainer.device)
-        save_grid(self.out / "samples" / f"step_{done:09d}.png", sampler.sample(count, seed=0, labels=labels))
+        pixels = to_uint8(sampler.sample(count, seed=0, labels=labels)).cpu().numpy()
+        save_picture(self.out / "samples" / f"step_{done:09d}.png", grid(pixels))
         self._interval_began_s += time.perf_counter() - began_s
 
 

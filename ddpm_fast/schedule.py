@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -216,16 +217,19 @@ class Schedule:
         return mean + variance**0.5 * noise
 
     def timesteps(self, steps: int | None = None) -> list[int]:
-        """The timesteps visited by a chain of ``steps`` (default all T), descending, by timestep_spacing."""
+        """The timesteps visited by a chain of ``steps`` (default all T), descending, by timestep_spacing.
+
+        In numpy, whose last bits decide which way the halves round, for the very list of upstream.
+        """
         total = self.num_train_timesteps
         steps = total if steps is None else steps
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be between 1 and num_train_timesteps={total}; got {steps}")
         if self.timestep_spacing == "linspace":
-            grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().flip(0) if steps > 1 else [0]
-            return [int(t) for t in grid]
+            return [int(t) for t in np.linspace(0, total - 1, steps).round()[::-1]]
         if self.timestep_spacing == "trailing":
-            return [round(total - i * (total / steps)) - 1 for i in range(steps)]
+            # For some step counts numpy's arange yields one value more, near 0: past the last timestep.
+            return [int(t) - 1 for t in np.arange(total, 0, -total / steps).round()[:steps]]
         chain = [i * (total // steps) + self.steps_offset for i in reversed(range(steps))]
         if chain[0] >= total:
             raise ValueError(

@@ -47,6 +47,7 @@ def conv(
     scale: float = 1.0,
     with_stats: bool = False,
     out: Tensor | None = None,
+    stats_out: Tensor | None = None,  # float32 [N, P, 3, K], contiguous: where the statistics go
     launch: Launch | None = None,  # instead of launch_conv's choice; BM, BN and RUN in its meta
     arch: int | None = None,  # whose choices to take; None: the device's
 ) -> Tensor | tuple[Tensor, Tensor]:  # [N, K, H', W'] in x's dtype (and float32 [N, P, 3, K])
@@ -61,7 +62,9 @@ def conv(
     shape = ConvShape(n, h, w, _channels(x, skip), packed.out_channels, packed.size, stride, padding)
     if packed.phases != 1:
         raise ValueError("conv needs weights from pack_conv; got those of pack_upsample_conv; pack them again")
-    return _run(shape, x, packed, bias, skip, time, row, residual, shortcut, scale, with_stats, out, launch, arch)
+    return _run(
+        shape, x, packed, bias, skip, time, row, residual, shortcut, scale, with_stats, out, stats_out, launch, arch
+    )
 
 
 def upsample_conv(
@@ -76,6 +79,7 @@ def upsample_conv(
     scale: float = 1.0,
     with_stats: bool = False,
     out: Tensor | None = None,
+    stats_out: Tensor | None = None,
     launch: Launch | None = None,
     arch: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # [N, K, 2H, 2W]
@@ -88,7 +92,9 @@ def upsample_conv(
         raise ValueError("upsample_conv needs weights from pack_upsample_conv; got those of pack_conv; pack them again")
     n, _, h, w = x.shape
     shape = ConvShape(n, h, w, _channels(x, None), packed.out_channels, upsample=True)
-    return _run(shape, x, packed, bias, None, time, row, residual, shortcut, scale, with_stats, out, launch, arch)
+    return _run(
+        shape, x, packed, bias, None, time, row, residual, shortcut, scale, with_stats, out, stats_out, launch, arch
+    )
 
 
 # Operands that a descriptor may describe.
@@ -112,6 +118,7 @@ def _run(
     scale: float,
     with_stats: bool,
     out: Tensor | None,
+    stats_out: Tensor | None,
     launch: Launch | None,
     arch: int | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -141,7 +148,7 @@ def _run(
         residual=residual is not None, scaled=scale != 1.0, with_stats=with_stats, dtype=x.dtype,
         aligned=all(t.data_ptr() % 16 == 0 for name, t in tensors.items() if t is not None and name in _DESCRIBED),
     )  # fmt: skip
-    tensors["stats"] = stats = empty_stats((n, shape.parts, 3, k), x.device) if with_stats else None
+    tensors["stats"] = stats = empty_stats((n, shape.parts, 3, k), x.device, stats_out) if with_stats else None
     require(device_code.conv_kernel, *tensors.values())
     spec = specialization(shape, architecture(x) if arch is None else arch, launch)
     enqueue(spec, tensors, {"images": n, "scale": float(scale)})
@@ -179,8 +186,14 @@ def empty_map(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-def empty_stats(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def empty_stats(shape: tuple[int, ...], device: torch.device, out: Tensor | None = None) -> Tensor:
     """Where partial statistics go: [N, P, 3, K]."""
+    if out is not None:
+        if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():
+            raise ValueError(
+                f"stats_out must be contiguous float32 {list(shape)}; got {out.dtype} {list(out.shape)}; size it so"
+            )
+        return out
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 

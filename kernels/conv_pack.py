@@ -24,6 +24,14 @@ class PackedConv(NamedTuple):
     size: int  # taps an axis: 1, 3, ...; 2 for the phases of upsampling
     phases: int  # 4 for upsampling, else 1
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
 
 def slice_channels(channels: tuple[int, ...], dtype: torch.dtype) -> int:
     """Depth of a K slice, from the sources' channel counts and the dtype alone (it fixes the order of sums).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .launch import cdiv, jit, norm_apply_launch, norm_tile_launch, require, tl
-from .norm_stats import group_stats, merge_stats, nhwc_strides, stats_size
+from .norm_stats import group_stats, merge_size, merge_stats, nhwc_strides, stats_size
 
 __all__ = ["group_stats", "merge_stats", "norm_act", "workspace_size"]
 
@@ -227,9 +227,15 @@ def _norm_tile_kernel(
     )  # fmt: skip
 
 
-def workspace_size(x: Tensor, skip: Tensor | None = None) -> int:
-    """float32 elements that `norm_act` without producers' statistics may need."""
-    return stats_size(x) + (0 if skip is None else stats_size(skip))
+def workspace_size(
+    x: Tensor, skip: Tensor | None = None, stats: Tensor | None = None, skip_stats: Tensor | None = None
+) -> int:
+    """float32 elements that `norm_act` may need: for statistics no producer left, or to thin many parts."""
+    return sum(_space(t, s) for t, s in ((x, stats), (skip, skip_stats)) if t is not None)
+
+
+def _space(x: Tensor, stats: Tensor | None) -> int:
+    return stats_size(x) if stats is None else merge_size(tuple(stats.shape))
 
 
 def norm_act(
@@ -248,7 +254,7 @@ def norm_act(
     stats: Tensor | None = None,  # [N, P, 3, C1]: statistics of x from its producer
     skip_stats: Tensor | None = None,  # [N, P', 3, C2]
     out: Tensor | None = None,
-    workspace: Tensor | None = None,  # float32 [workspace_size(x, skip)], for statistics taken here; None: allocated
+    workspace: Tensor | None = None,  # float32 [workspace_size(x, skip, stats, skip_stats)]; None: allocated
 ) -> Tensor:  # [N, C, H, W] channels_last, in x's dtype
     """`reference.norm_act` in one launch, or two to three where no producer left statistics and a group is large.
 
@@ -286,10 +292,12 @@ def _statistics(
     x: Tensor, skip: Tensor | None, stats: Tensor | None, skip_stats: Tensor | None, workspace: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The producers' statistics, thinned where they are many, and our own where there are none."""
+    rest = None if workspace is None else workspace.view(-1)[_space(x, stats) :]
+    own = stats is None, skip is not None and skip_stats is None
     if stats is None:
         stats = group_stats(x, out=workspace)
     if skip is not None and skip_stats is None:
-        skip_stats = group_stats(skip, out=None if workspace is None else workspace.view(-1)[stats_size(x) :])
+        skip_stats = group_stats(skip, out=rest)
     for name, s, t in (("stats", stats, x), ("skip_stats", skip_stats, skip)):
         want = None if t is None else (t.shape[0], 3, t.shape[1])
         if s is not None and ((s.shape[0], *s.shape[2:]) != want or s.dtype != torch.float32 or not s.is_contiguous()):
@@ -297,7 +305,8 @@ def _statistics(
                 f"{name} must be contiguous float32 [N, P, 3, C] with (N, 3, C) = {want}; got {s.dtype} "
                 f"{list(s.shape)}; take it from the producer of that input, or leave it out"
             )
-    return merge_stats(stats), None if skip_stats is None else merge_stats(skip_stats)
+    space, skip_space = (None if taken else s for taken, s in zip(own, (workspace, rest), strict=True))
+    return merge_stats(stats, out=space), None if skip_stats is None else merge_stats(skip_stats, out=skip_space)
 
 
 def _like(x: Tensor, channels: int) -> Tensor:

@@ -95,18 +95,33 @@ def group_stats(
 
 def merge_stats(
     stats: Tensor,  # [N, P, 3, C] float32
+    *,
+    out: Tensor | None = None,  # float32, at least merge_size(stats) elements, for every round's result
 ) -> Tensor:  # [N, Q, 3, C], Q <= MAX_PARTS
     """Merge neighbouring parts, 32 at a time, until at most MAX_PARTS are left."""
     while stats.shape[1] > MAX_PARTS:
         n, parts, _, channels = stats.shape
         fewer = cdiv(parts, 32)
-        out = stats.new_empty((n, fewer, 3, channels))
-        require(_merge_stats_kernel, stats)
+        merged = _buffer(out, (n, fewer, 3, channels), stats.device)
+        out = None if out is None else out.view(-1)[merged.numel() :]
+        require(_merge_stats_kernel, stats, merged)
         _merge_stats_kernel[(n * fewer, cdiv(channels, 64))](
-            stats, out, C=channels, P=parts, Q=fewer, RUN=32, BLOCK_C=64, num_warps=4
+            stats, merged, C=channels, P=parts, Q=fewer, RUN=32, BLOCK_C=64, num_warps=4
         )
-        stats = out
+        stats = merged
     return stats
+
+
+def merge_size(
+    shape: tuple[int, ...],  # of the statistics, [N, P, 3, C]
+) -> int:
+    """Elements of all rounds' results of `merge_stats`; 0 where there is nothing to merge."""
+    n, parts, _, channels = shape
+    size = 0
+    while parts > MAX_PARTS:
+        parts = cdiv(parts, 32)
+        size += n * parts * 3 * channels
+    return size
 
 
 def stats_size(x: Tensor) -> int:

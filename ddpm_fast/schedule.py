@@ -24,6 +24,9 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "si
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
+# With a terminal SNR of zero, epsilon says nothing of x_0 and the quotient is infinite; a small finite divisor
+# reaches the same clipped x_0 without the NaN of inf - inf.
+LEAST_SIGNAL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,10 @@ class Schedule:
         if self.prediction_type == "sample":
             return out
         signal, sigma = self._at(t, x)
-        return (x - sigma * out) / signal if self.prediction_type == "epsilon" else signal * x - sigma * out
+        if self.prediction_type == "v_prediction":
+            return signal * x - sigma * out
+        signal = signal.clamp(min=LEAST_SIGNAL) if isinstance(signal, Tensor) else max(signal, LEAST_SIGNAL)
+        return (x - sigma * out) / signal
 
     def predict_epsilon(self, out: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
         """The noise from the network's output at x_t."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
-from .schedule import Schedule
+from .schedule import LEAST_SIGNAL, Schedule
 
 METHODS = ("ddpm", "ddim")
 
@@ -78,9 +78,7 @@ def _x0_from_output(schedule: Schedule, t: int) -> tuple[float, float]:
         return 0.0, 1.0
     if schedule.prediction_type == "v_prediction":
         return signal, -sigma
-    # With a terminal SNR of zero, epsilon says nothing of x_0 and the quotient is infinite; a large finite
-    # factor reaches the same clipped x_0 without the NaN of inf - inf.
-    signal = max(signal, 1e-12)
+    signal = max(signal, LEAST_SIGNAL)
     return 1 / signal, -sigma / signal
 
 

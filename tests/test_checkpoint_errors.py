@@ -473,6 +473,12 @@ FUZZ = settings(
 )
 
 
+def test_truncation_says_how_much_is_missing(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(SOUND[:-5])
+    tensors = len(SOUND) - header_size(SOUND)
+    refused(folder, f"describes {tensors:,} bytes of tensors, the file holds {tensors - 5:,}")
+
+
 @FUZZ
 @given(cut=st.integers(0, len(SOUND) - 1))
 def test_truncation_is_always_an_error(folder: Path, cut: int) -> None:

@@ -1,8 +1,8 @@
 """Compile every kernel for every architecture, without a GPU, and say what came out. `make kernels` runs it.
 
     python -m benchmarks.compile_kernels                      # every launch of both models, a row each
-    python -m benchmarks.compile_kernels --quick --arch 90    # one launch of each kind
-    python -m benchmarks.compile_kernels --markdown           # grouped, as docs/performance.md has it
+    python -m benchmarks.compile_kernels --quick --arch 90    # one launch of each kind and tile
+    python -m benchmarks.compile_kernels --quick --markdown   # grouped, as docs/performance.md has it
 
 What is compiled is what the U-Nets launch: google/ddpm-cifar10-32 and google/ddpm-*-256 in bfloat16 at a large
 batch and at batch 1, walked on the ``meta`` device. Exit code 1 where any kernel spills. Compiled kernels stay in
@@ -90,11 +90,12 @@ def compile_all(
     work: Sequence[tuple[str, int]] = WORK,
     quick: bool = False,
     kernels: Sequence[str] = (),
+    most: int | None = None,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Rows for every kernel that ``work`` launches; ``quick``: the first launch of each `kind` only.
 
-    kernels: parts of kernel names; given, others are not compiled.
+    kernels: parts of kernel names; given, others are not compiled. most: kinds of each kernel, the first ones.
     """
     rows: list[Row] = []
     for arch in archs:
@@ -105,6 +106,8 @@ def compile_all(
                 if kernels and not any(part in kernel for part in kernels):
                     return False
                 new = kind(kernel, constexprs) not in kinds
+                if new and most is not None and sum(k[0] == kernel for k in kinds) >= most:
+                    return False
                 kinds.add(kind(kernel, constexprs))
                 return new or not quick
 
@@ -118,12 +121,13 @@ def compile_all(
 
 
 def kind(kernel: str, constexprs: dict[str, Any]) -> tuple[Any, ...]:
-    """What sets kernels of one source apart in their code, not in their numbers."""
+    """What sets kernels of one source apart in their code, and their tile; not the shapes that they run on."""
     c = constexprs
+    tile = tuple(c.get(n) for n in ("BM", "BN", "BC", "BLOCK_P", "BLOCK_C", "NG"))
     if "conv" in kernel:
         names = ("SIZE", "STRIDE", "PHASES", "MODE", "SHORT_MODE", "VARIANCE")
-        return (kernel, *(c.get(n) for n in names), bool(c.get("C2")), bool(c.get("S1")), c.get("K", 0) <= 16)
-    return (kernel, bool(c.get("C2")), c.get("VARIANCE"), c.get("SILU"))
+        return (kernel, *tile, *(c.get(n) for n in names), bool(c.get("C2")), bool(c.get("S1")), c.get("K", 0) <= 16)
+    return (kernel, *tile, bool(c.get("C2")), c.get("VARIANCE"), c.get("SILU"))
 
 
 def _row(c: aot.Compiled, work: str) -> Row:
@@ -204,8 +208,8 @@ def _counts(counts: dict[Any, int]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """One line for each architecture, kernel, kind of fetch and tile, over all shapes that use it."""
     lines = [
-        "| arch | kernel | shapes | registers, most | spills | shared KB, most | matrix | bulk copies | widest load | "
-        "widest store | blocks, least | occupancy |",
+        "| arch | kernel | binaries | registers, most | spills | shared KB, most | matrix | bulk copies | widest load "
+        "| widest store | blocks, least | occupancy |",
         "|---" * 12 + "|",
     ]
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -245,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=sorted({p for p, _ in WORK}), action="append", help="default: both")
     parser.add_argument("--batch", type=int, help="instead of the large and the single one")
     parser.add_argument("--kernel", action="append", default=[], help="only kernels whose name has this in it")
-    parser.add_argument("--quick", action="store_true", help="one launch of each kind of kernel")
+    parser.add_argument("--quick", action="store_true", help="one launch of each kind and tile")
+    parser.add_argument("--kinds", type=int, help="with --quick: only so many kinds of each kernel, the first launched")
     parser.add_argument("--json", action="store_true", help="all that is known of each, on stdout")
     parser.add_argument("--markdown", action="store_true", help="a grouped table, on stdout")
     args = parser.parse_args(argv)
@@ -254,8 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = [(p, args.batch or b) for p, b in WORK if not args.model or p in args.model]
         loud = not (args.json or args.markdown)
         rows = compile_all(
-            args.arch or ARCHITECTURES, list(dict.fromkeys(work)), args.quick, args.kernel, _printer(loud)
-        )  # fmt: skip
+            args.arch or ARCHITECTURES, list(dict.fromkeys(work)), args.quick, args.kernel, args.kinds, _printer(loud)
+        )
     except (ImportError, FileNotFoundError, RuntimeError) as e:
         print(f"compile_kernels: {e}", file=sys.stderr)
         return 2

@@ -44,8 +44,8 @@ def recording(ops: Ops, form: str = "fused") -> tuple[Ops, list[Record]]:
     that ``ops`` hands to the reference operation (`Ops.falls_back`) is priced plain in either.
     """
     recorder = _Recorder(ops, form)
-    names = [name for name in _PRICES if getattr(ops, name) is not None]
-    return replace(ops, **{name: recorder.around(name) for name in names}), recorder.log
+    recorded: Any = {name: recorder.around(name) for name in _PRICES if getattr(ops, name) is not None}
+    return replace(ops, **recorded), recorder.log
 
 
 class _Recorder:
@@ -164,6 +164,8 @@ def _norm_act(call: _Call) -> _Entry:
     detail = f"{call['groups']} groups, {call['act']} " + _with(
         skip=skip is not None, bias_row=call["bias_row"] is not None, scale_shift=call["scale_shift"] is not None
     )
+    if call.form == "fused" and priced.launches > 1:
+        detail += f" in {priced.launches} launches"
     return _Entry(_shapes(call, "x", "skip"), x.dtype, detail.strip(), priced)
 
 

@@ -206,7 +206,7 @@ class FourierProjection(nn.Module):
         self.weight = nn.Parameter(torch.randn(channels) * deviation, requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = torch.log(t.float())[:, None] * self.weight.float() * 2 * math.pi
+        angle = torch.log(t.float())[:, None] * self.weight * 2 * math.pi
         return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from models import normal
 from torch import Tensor
 
 from ddpm_fast.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, VARIANCE_TYPES, Schedule
-from models import normal
 
 TRAINED = tuple(float(b) for b in 0.001 + 0.3 * np.sin(np.linspace(0.05, 1.5, 40)) ** 2)
 BETAS: dict[str, dict[str, Any]] = {name: {"beta_schedule": name} for name in BETA_SCHEDULES}
@@ -163,7 +163,14 @@ def test_step_equals_upstream_s(betas: str, prediction: str, draws: list[Tensor]
     for variance, clip, (spacing, n) in itertools.product(VARIANCE_TYPES, CLIPS, chains):
         if variance == "fixed_large_log":
             continue  # below
-        options = {"num_train_timesteps": 200, **BETAS[betas], **CLIPS[clip], **spacing, "variance_type": variance, "prediction_type": prediction}
+        options = {
+            "num_train_timesteps": 200,
+            **BETAS[betas],
+            **CLIPS[clip],
+            **spacing,
+            "variance_type": variance,
+            "prediction_type": prediction,
+        }
         ours, upstream, exact = Schedule(**options), theirs(options), theirs(options)
         exact.alphas_cumprod = ours.alphas_cumprod
         spread = v.abs() if variance == "learned" else v
@@ -214,9 +221,7 @@ def test_step_of_the_default_scheduler_over_all_its_timesteps(draws: list[Tensor
 def test_fixed_large_log_is_nan_upstream_and_fixed_large_here(prediction: str, draws: list[Tensor]):
     x, eps, z = (normal(2, 3, 4, 4, seed=s) for s in (1, 2, 3))
     draws.append(z)
-    log, large = (
-        Schedule(variance_type=f"fixed_large{suffix}", prediction_type=prediction) for suffix in ("_log", "")
-    )
+    log, large = (Schedule(variance_type=f"fixed_large{suffix}", prediction_type=prediction) for suffix in ("_log", ""))
     upstream = DDPMScheduler(variance_type="fixed_large_log", prediction_type=prediction)
     for t in (999, 500, 1):
         assert upstream.step(eps, t, x).prev_sample.isnan().all()
@@ -282,7 +287,8 @@ def test_the_posterior_is_bayes_rule():
     s = Schedule()
     for t, prev_t in ((999, 998), (500, 480), (3, 0), (1, 0)):
         a_t, a_p = float(s.alphas_cumprod[t]), float(s.alphas_cumprod[prev_t])
-        forward = 1 - a_t / a_p  # q(x_t | x_p) = N(sqrt(a_t / a_p) x_p, forward); q(x_p | x_0) = N(sqrt(a_p) x_0, 1-a_p)
+        # q(x_t | x_p) = N(sqrt(a_t / a_p) x_p, forward); q(x_p | x_0) = N(sqrt(a_p) x_0, 1 - a_p)
+        forward = 1 - a_t / a_p
         precision = (a_t / a_p) / forward + 1 / (1 - a_p)
         expected = (math.sqrt(a_p) / (1 - a_p) / precision, math.sqrt(a_t / a_p) / forward / precision, 1 / precision)
         np.testing.assert_allclose(s.posterior(t, prev_t), expected, rtol=1e-9)

@@ -15,13 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = None
+    triton = tl = None  # type: ignore[assignment]
 
 # Above this many parts, merging statistics in every program of `norm_act` would cost more than its own tile.
 MAX_PARTS = 64

@@ -77,7 +77,7 @@ def store_activated(
 
 @jit
 def _load_part(stats_ptr, first, p0, c, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr, PB: tl.constexpr):
-    """Counts, means and M2 [PB, NG, CGP] of parts p0.. for channels c (of the pair) of an input that starts at first."""
+    """Counts, means and M2 [PB, NG, CGP] of parts p0.. for the pair's channels c, of the input that starts at first."""
     part = p0 + tl.arange(0, PB)[:, None, None]
     inside = mask & (c >= first) & (c < first + WIDTH)
     at = stats_ptr + part * 3 * WIDTH + (c - first)[None, :, :]
@@ -125,7 +125,7 @@ def merge_groups(
             m2 += tl.sum(s + k * d * d, axis=0)
     left = tl.sum(rest, axis=1) / pixels
     variance = tl.maximum(tl.sum(m2, axis=1) / pixels - left * left, 0.0)
-    return mean + left, 1.0 / tl.sqrt_rn(variance + eps)
+    return mean + left, tl.rsqrt(variance + eps)
 
 
 @jit
@@ -217,7 +217,7 @@ def _norm_tile_kernel(
     d = tl.where(mask, shifted - mean[None, :], 0.0)
     left = tl.sum(tl.reshape(tl.sum(d, axis=0), (NG, CGP)), axis=1) / size  # what the mean's rounding left behind
     variance = tl.sum(tl.reshape(tl.sum(d * d, axis=0), (NG, CGP)), axis=1) / size - left * left
-    rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance, 0.0) + eps)
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
     mean += tl.reshape(tl.broadcast_to(left[:, None], (NG, CGP)), (NG * CGP,))
     rstd = tl.reshape(tl.broadcast_to(rstd[:, None], (NG, CGP)), (NG * CGP,))
     store_activated(

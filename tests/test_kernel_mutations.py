@@ -138,8 +138,8 @@ BUGS = [
         "eps outside",
         "norm_act",
         "norm_act.py",
-        "sqrt_rn(variance + eps)",
-        "sqrt_rn(variance) + eps",
+        "tl.rsqrt(variance + eps)",
+        "1.0 / (tl.sqrt(variance) + eps)",
         norm((1, 8, 1, 2), 8, dtype=F32, produced="x"),
     ),
     Bug(

@@ -218,11 +218,13 @@ def conv_kernel(
     place = n.to(tl.int64) * (UP * UP * MH * MW)
     place += (UP * h + phase // 2) * (UP * MW) + UP * w + phase % 2
     at = place[None, :] * K + k[:, None]
-    # The sum starts from the residual: added behind it, it would pull the statistics into the layout of its load.
+    # The sum starts from what is added for each pixel: added behind it, that would pull the statistics into
+    # the layout of its load, where they cost more and their order follows the tile.
+    acc = tl.zeros([BN, BM], dtype=tl.float32)
     if residual is not None:
         acc = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    else:
-        acc = tl.zeros([BN, BM], dtype=tl.float32)
+    if TIME == 2:
+        acc += tl.load(time + n[None, :] * K + k[:, None], mask=mask, other=0.0).to(tl.float32)
     acc = accumulate(
         acc, x, weight, column, k0, an, ah, aw, m0, dy, dx, images,
         H, W, C1, K, COLUMNS, R1 + R2, SIZE, MODE, BM, BN, BC, WIDEN,
@@ -255,8 +257,6 @@ def conv_kernel(
         if row is not None:
             r = tl.load(row).to(tl.int32)
         acc += tl.load(time + r * K + k, mask=known, other=0.0).to(tl.float32)[:, None]
-    if TIME == 2:
-        acc += tl.load(time + n[None, :] * K + k[:, None], mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         acc *= scale
     stored = acc.to(y.dtype.element_ty)

@@ -106,7 +106,8 @@ def _specialize(shape: ConvShape, arch: int, launch: Launch | None) -> Specializ
     rows = cdiv(mh * mw, shape.part) * shape.part
     pixels = shape.images * rows
     if launch is None:
-        launch = conv_launch(pixels * shape.phases, shape.out_channels, shape.depth, shape.part, shape.dtype, arch)
+        depth = max(shape.depth, _short_depth(shape))
+        launch = conv_launch(pixels * shape.phases, shape.out_channels, depth, shape.part, shape.dtype, arch)
     bm, bn = launch.meta["BM"], launch.meta["BN"]
     if bm % shape.part:
         raise ValueError(f"a tile must hold whole parts of {shape.part} pixels; got BM={bm}; choose a multiple")
@@ -153,16 +154,17 @@ def fetch_modes(
     usable = has_descriptors(arch) and shape.aligned and rows == mh * mw
     # Then a tile of any size is whole images, whole rows of one image, or a run inside one row.
     whole = all(n % LARGEST_TILE == 0 or LARGEST_TILE % n == 0 for n in (mw, mh * mw))
+    flat = GATHER if shape.dtype == torch.float32 else FLAT  # as a descriptor, float32 runs out of registers
     mode = short_mode = GATHER
     if usable and all(c % lines == 0 for c in shape.channels):
         if shape.size == shape.stride == 1 and not any(shape.padding):
-            mode = FLAT
+            mode = flat
         elif shape.stride == 1 and whole:
             mode = BOX
         elif shape.stride == 2 and whole and shape.height % 2 == shape.width % 2 == 0:
             mode = HALVES if all(c % shape.depth == 0 for c in shape.channels) else GATHER
     if usable and not shape.upsample and all(c % lines == 0 for c in shape.shortcut):
-        short_mode = FLAT
+        short_mode = flat
     return mode, short_mode
 
 

@@ -91,7 +91,7 @@ def step_specialization(
 ) -> Specialization:
     """What `conv_step` compiles to and how it is launched, from shapes alone."""
     h, w = shape.height, shape.width
-    chosen = launch or step_launch(shape.images, h * w, shape.out_channels, shape.dtype, arch)
+    chosen = launch or step_launch(h * w, shape.out_channels, shape.dtype, arch)
     bm, bn = chosen.meta["BM"], chosen.meta["BN"]
     rows = cdiv(h * w, bm) * bm
     mode, _ = fetch_modes(shape, arch, rows)

@@ -80,7 +80,7 @@ FULL_PRECISION_TILES = (
 def conv_launch(
     pixels: int,  # columns of the product, all images and phases
     out_channels: int,
-    depth: int,  # channels of a K slice
+    depth: int,  # channels of the deepest K slice
     part: int,  # pixels that a tile must hold at least (statistics), or 1
     dtype: torch.dtype,
     arch: int,  # compute capability, 90 for sm_90
@@ -103,7 +103,6 @@ def conv_launch(
 
 @cache
 def step_launch(
-    images: int,
     pixels: int,  # of one image
     out_channels: int,  # rows of the packed weights
     dtype: torch.dtype,
@@ -111,13 +110,14 @@ def step_launch(
 ) -> Launch:
     """A tile of `conv_step`: all output channels, pixels of a single image (one sample id a program)."""
     channels = max(16, next_power_of_2(out_channels))
-    largest = 32 if dtype == torch.float32 else 128 if images * pixels >= 128 * MULTIPROCESSORS.get(arch, 128) else 64
+    largest = 32 if dtype == torch.float32 else 64
     tile = Tile(channels, max(16, min(largest, next_power_of_2(pixels))), 4, 1.0, "")
     return Launch(
         num_warps=tile.warps,
         num_stages=_stages(tile, 64, dtype, arch),
         meta={"BN": tile.channels, "BM": tile.pixels},
-        reason="the whole output in one tile, so that the epilogue has every channel of its pixels",
+        reason="the whole output in one tile, so that the epilogue has every channel of its pixels; few pixels, since "
+        "there is little to reuse and the noise wants registers",
     )
 
 

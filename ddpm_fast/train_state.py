@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -77,8 +75,8 @@ def load_latest_state(folder: Path) -> dict[str, Any] | None:
     for path in reversed(paths):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            warnings.warn(f"{path} does not read ({error}); trying the one before it", stacklevel=2)
+        except Exception as error:  # of a damaged file torch.load raises nearly anything, IndexError among them
+            warnings.warn(f"{path} does not read ({error!r}); trying the one before it", stacklevel=2)
             continue
         if state.get("format") != FORMAT:
             raise ResumeError(f"{path} has state format {state.get('format')}; this version reads {FORMAT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -329,6 +330,30 @@ def test_a_failing_batch_ends_the_run_with_its_error(tmp_path: Path) -> None:
         run(tmp_path, ImageData(Broken(), images().labels, tuple("abc")))
 
 
+def test_the_bar_shows_loss_and_speed_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        train(images(), tmp_path / str(terminal), MODEL, SCHEDULE, CONFIG, CPU)
+        shown[terminal] = stream.getvalue()
+    loss = log_of(tmp_path / "True")[-1]["loss"]
+    assert re.search(rf"6/6 .*loss {loss:.4f}, \d+ images/s", shown[True])
+    assert shown[False] == ""
+
+
+def test_a_new_run_may_begin_with_given_weights(finished: Path, tmp_path: Path) -> None:
+    given = Trainer(images(), MODEL, SCHEDULE, replace(CONFIG, seed=7), CPU).model
+    weights = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    begun = Trainer(images(), MODEL, SCHEDULE, CONFIG, CPU, init_from=given)
+    for state in (begun.model.state_dict(), begun.ema.model.state_dict()):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in state.items())
+    out = interrupted(finished, tmp_path / "out")
+    train(images(), out, MODEL, SCHEDULE, CONFIG, CPU, progress=False, init_from=given)  # of no account any more
+    assert_same_run(out, finished, 6)
+
+
 # States on disk
 
 
@@ -350,33 +375,6 @@ def test_no_state_that_reads_is_an_error(finished: Path, tmp_path: Path, content
     (out / "state/step_000000003.pt").write_bytes(content)
     with pytest.warns(UserWarning, match="does not read"), pytest.raises(ResumeError, match="none of the 1 states"):
         run(out)
-
-
-def test_two_states_are_kept_and_none_of_a_later_step(tmp_path: Path) -> None:
-    (tmp_path / "step_000000009.pt").write_bytes(b"torn")
-    (tmp_path / "step_000000001.pt.tmp").write_bytes(b"half")
-    for step in (1, 2, 3):
-        train_state.save_state(tmp_path, {"format": train_state.FORMAT, "step": step})
-        assert train_state.load_latest_state(tmp_path)["step"] == step
-    assert [p.name for p in train_state.state_paths(tmp_path)] == ["step_000000002.pt", "step_000000003.pt"]
-    torch.save({"format": 99, "step": 4}, tmp_path / "step_000000004.pt")
-    with pytest.raises(ResumeError, match="has state format 99; this version reads 1"):
-        train_state.load_latest_state(tmp_path)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    train_state.write_json(path, {"a": 1})
-
-    def fail_halfway(stream) -> None:
-        stream.write(b'{"a": ')
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        train_state.write_atomically(path, fail_halfway)
-    assert json.loads(path.read_text()) == {"a": 1}
-    train_state.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2} and os.listdir(tmp_path) == ["x.json"]
 
 
 # CUDA

@@ -102,8 +102,13 @@ def norm_act(
         )
     if bias_row is not None:
         h = h + _rows(_wide(bias_row), row)
+    # torch's CPU kernel for channels_last subtracts squared means and loses what centring would keep.
     h = F.group_norm(
-        h, groups, None if weight is None else weight.to(h.dtype), None if bias is None else bias.to(h.dtype), eps
+        h.contiguous(),
+        groups,
+        None if weight is None else weight.to(h.dtype),
+        None if bias is None else bias.to(h.dtype),
+        eps,
     )
     if scale_shift is not None:
         scale, shift = _rows(_wide(scale_shift), row).chunk(2, dim=1)
@@ -292,7 +297,9 @@ def philox_normal(
     words = philox_words(key, counter)  # each [S, N, blocks]
     u = [w.float() * 2.0**-32 + 2.0**-33 for w in words]
     r0, r1 = (-2.0 * u[0].log()).sqrt(), (-2.0 * u[2].log()).sqrt()
-    a0, a1 = u[1] * (2 * math.pi), u[3] * (2 * math.pi)
-    z = torch.stack((r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()), dim=-1)
+    # The angle is rounded in float64: in float32, 2 pi u alone would cost a dozen ulp.
+    a0, a1 = u[1].double() * (2 * math.pi), u[3].double() * (2 * math.pi)
+    turns = (a0.cos().float(), a0.sin().float(), a1.cos().float(), a1.sin().float())
+    z = torch.stack((r0 * turns[0], r0 * turns[1], r1 * turns[2], r1 * turns[3]), dim=-1)
     z = z.flatten(2)[:, :, :count].unflatten(2, tuple(shape))
     return z[0] if len(step) == 1 else z

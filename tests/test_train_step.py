@@ -17,7 +17,7 @@ from ddpm_fast import Schedule, UNet, UNetConfig, train_step
 from ddpm_fast.data import ImageData
 from ddpm_fast.ema import EMA
 from ddpm_fast.presets import PRESETS, TrainConfig, learning_rate, preset
-from ddpm_fast.train_step import Trainer, batch_index, check_fit, make_batch
+from ddpm_fast.train_step import DIFFUSION, ORDER, Trainer, batch_index, check_fit, make_batch, stream_seed
 
 # Batches
 
@@ -96,6 +96,16 @@ def test_every_draw_depends_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPat
     for by, stranger in (("step", early), ("seed", drawn(trainer(seed=1), 5, monkeypatch))):
         for name in ("x0", "t", "noise", "labels", "dropout"):
             assert not torch.equal(late[name], stranger[name]), f"{name} does not depend on the {by}"
+
+
+def test_the_streams_of_random_numbers_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begun with an older version must go on as it began."""
+    seeds = [stream_seed(0, DIFFUSION, 0), stream_seed(0, DIFFUSION, 5), stream_seed(3, ORDER, 1)]
+    assert seeds == [2494635221133837528, 1633752205898330326, 7482082633366827798]
+    seen = drawn(trainer(), 5, monkeypatch)
+    stream = torch.Generator().manual_seed(seeds[1])
+    assert torch.equal(seen["t"], torch.randint(0, 50, (8,), generator=stream))
+    assert torch.equal(seen["noise"], torch.randn(8, 3, 8, 8, generator=stream))
 
 
 def test_t_is_uniform_and_noise_is_normal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import conv_kernel as device_code
-from .conv_check import check_operands, check_packed
+from .conv_check import check_operands, check_packed, check_size
 from .conv_pack import PackedConv, pack_conv, pack_upsample_conv
 from .conv_plan import DTYPES, ConvShape, Specialization, specialization
 from .launch import Launch, require
@@ -128,6 +128,7 @@ def _run(
         "x": x, "skip": skip, "weight": packed.matrix, "bias": bias, "residual": residual,
         "time": time, "row": None if time is None else row,
     }  # fmt: skip
+    check_size(shape)
     check_packed("weight", packed, x.dtype, shape.channels, shape.out_channels)
     if shortcut is not None:
         channels = _channels(shortcut.x, shortcut.skip)
@@ -143,7 +144,7 @@ def _run(
     shape = replace(
         shape,
         bias=_kind(bias), shortcut_bias=_kind(tensors.get("short_bias")), time=_kind(time),
-        time_rows="none" if time is None else "row" if row is not None else "one" if len(time) == 1 else "image",
+        time_rows="none" if time is None else "row" if row is not None else "image" if len(time) == n else "one",
         row="i64" if row is not None and row.dtype == torch.int64 else "i32",
         residual=residual is not None, scaled=scale != 1.0, with_stats=with_stats, dtype=x.dtype,
         aligned=all(t.data_ptr() % 16 == 0 for name, t in tensors.items() if t is not None and name in _DESCRIBED),

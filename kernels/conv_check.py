@@ -25,13 +25,18 @@ def check_packed(
         )
 
 
-def check_operands(shape: ConvShape, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:
-    """Raise ValueError unless each operand has the shape, dtype and memory that the kernel reads."""
+def check_size(shape: ConvShape) -> None:
+    """Raise ValueError unless there is a result, of as many pixels as the kernel can count."""
     n, k, (height, width) = shape.images, shape.out_channels, shape.output
     if min(height, width, n, k) < 1:
         raise ValueError(f"conv needs a result of at least one pixel; got {[n, k, height, width]}; check the padding")
     if n * height * width >= 2**31:
         raise ValueError(f"conv counts pixels in 32 bits; got {n} images of {height} x {width}; split the batch")
+
+
+def check_operands(shape: ConvShape, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:
+    """Raise ValueError unless each operand has the shape, dtype and memory that the kernel reads."""
+    n, k, (height, width) = shape.images, shape.out_channels, shape.output
     channels = {"short_x": 0, "short_skip": 0} | dict(zip(("short_x", "short_skip"), shape.shortcut, strict=False))
     maps = {
         "x": (n, shape.channels[0], shape.height, shape.width),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import sampler_step
 from .conv import architecture, enqueue
-from .conv_check import check_operands, check_packed
+from .conv_check import check_operands, check_packed, check_size
 from .conv_kernel import accumulate, corner, pixels
 from .conv_pack import PackedConv, pack_step_conv, step_rows
 from .conv_plan import DTYPES, GATHER, ConvShape, Specialization, fetch_modes, interpreted, source_boxes
@@ -161,6 +161,7 @@ def conv_step(
         bias="" if bias is None else DTYPES[bias.dtype], dtype=x.dtype,
         aligned=x.data_ptr() % 16 == packed.matrix.data_ptr() % 16 == 0,
     )  # fmt: skip
+    check_size(shape)
     tensors: dict[str, Tensor | None] = {"x": x, "weight": packed.matrix}
     check_operands(shape, tensors, x.dtype)
     if bias is not None and (tuple(bias.shape) != (outputs,) or not bias.is_contiguous()):

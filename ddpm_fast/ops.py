@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .buffers import Memory
 from .kernels import reference as _reference
 from .recording import Record, recording
 
@@ -41,8 +43,23 @@ class Ops:
     leave: Callable[[Feature], Tensor] = lambda x: x  # and back, for what has no operation here
     # conv_out and sampler_step in one launch, where the set has it: kernels/conv_step.py. The engine asks.
     conv_step: Callable[..., Tensor] | None = None
+    # Weights as `conv` (and a Shortcut), `upsample_conv` and `conv_step` read them best, made once from
+    # [K, C, k, k] in ``dtype``. ``channels``: of x and of the skip, or of x padded as `input_channels` says.
+    pack_conv: Callable[..., Any] = lambda weight, *, dtype, channels=None: _plain_weight(weight, dtype)
+    pack_upsample_conv: Callable[..., Any] = lambda weight, *, dtype: _plain_weight(weight, dtype)
+    pack_step_conv: Callable[..., Any] | None = None  # (weight, image channels, *, dtype)
+    # Channels of the copy of x_t [N, C, H, W] in a dtype that the first convolution reads best; zeros above C.
+    input_channels: Callable[[int, torch.dtype], int] = lambda channels, dtype: channels
+    # x_T drawn by the set's own kernel, (x, seed, ids, low); with it, `sampler_step` draws best itself too.
+    initial_noise: Callable[..., Tensor] | None = None
+    # The set with its results where a `Memory` says, for sets that can.
+    placed: Callable[[Memory], Ops] | None = None
     # Why a call (operation, its arguments by name) runs on the reference operation instead; None: it does not.
     falls_back: Callable[[str, Mapping[str, Any]], str | None] = lambda operation, arguments: None
+
+
+def _plain_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype, memory_format=torch.channels_last, copy=True)
 
 
 def _conv(*args: Any, with_stats: bool = False, **kwargs: Any) -> Feature:

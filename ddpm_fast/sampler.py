@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import importlib.util
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,25 +13,34 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import ops as ops_module
-from .noise import NoiseSource, Philox, TorchNoise
+from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram
+from .noise import Philox, TorchNoise
 from .ops import Ops
+from .prepared import prepare
 from .schedule import Schedule
 from .step_table import StepTable, step_table
-from .unet import TimeRows, UNet
+from .unet import UNet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAPHS = ("auto", "none", "step", "chunk", "loop")
+CACHED_PROGRAMS = 3  # batch shapes whose buffers and graphs are kept
 
 
 class Sampler:
     """Draws images from a model by a fixed chain of steps.
 
-    model: a `UNet`, or any callable f(x, t) -> out with x [N, C, H, W] and t [N] (then give image_shape).
+    model: a `UNet`, or any callable f(x, t[, labels]) -> out with x [N, C, H, W] and t [N] (then give
+    image_shape); out may be a tuple that starts with the output, or have it as ``.sample``.
     schedule: the `Schedule` it was trained with.
-    batch_size: images drawn together. steps: how many timesteps (by the schedule's spacing) or which ones,
-    descending; None is all of them. method: "ddpm" (Ho et al. 2020, Algorithm 2) or "ddim" (Song et al. 2021)
-    with its eta. dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id,
-    step); or "torch", a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is
-    that of diffusers' DDPMPipeline. ops: "auto", "reference", or an `Ops` value. graph: "auto" or "none".
+    batch_size: images drawn together. steps: how many timesteps (by the schedule's spacing); which ones,
+    descending; or text, OpenAI's rule ("250", "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et
+    al. 2020, Algorithm 2) or "ddim" (Song et al. 2021) with its eta. time_scale: the model is given
+    time_scale * t (OpenAI's rescale_timesteps: 1000 / T). guidance_scale: classifier-free guidance for a `UNet`
+    trained with label dropout, whose last class stands for none.
+    dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
+    a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'
+    DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton, else "reference"), "reference", "triton", or
+    an `Ops` value. graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
     image_shape: (C, H, W) in pixels; default the model's own.
 
     Raises ValueError for what does not fit together.
@@ -41,7 +51,7 @@ class Sampler:
         model: UNet | Callable[..., Any],
         schedule: Schedule,
         batch_size: int = 64,
-        steps: int | Sequence[int] | None = None,
+        steps: int | str | Sequence[int] | None = None,
         method: str = "ddpm",
         eta: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -50,24 +60,29 @@ class Sampler:
         graph: str = "auto",
         noise: str | torch.Generator | Sequence[torch.Generator] = "philox",
         image_shape: tuple[int, int, int] | None = None,
+        guidance_scale: float | None = None,
+        time_scale: float = 1.0,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}")
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-        if graph not in ("auto", "none"):
-            raise ValueError(f"graph must be 'auto' or 'none'; got {graph!r}")
+        if graph not in GRAPHS:
+            raise ValueError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}")
         if isinstance(noise, str) and noise not in ("philox", "torch"):
             raise ValueError(f"noise must be 'philox', 'torch' or a torch.Generator; got {noise!r}")
         self.schedule, self.batch_size, self.dtype, self.noise = schedule, batch_size, dtype, noise
-        self.table: StepTable = step_table(schedule, steps, method, eta)
-        self.ops = _choose_ops(ops)
+        self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
         self.device = torch.device(device) if device is not None else _device_of(model)
+        if graph not in ("auto", "none") and self.device.type != "cuda":
+            raise ValueError(f"graph={graph!r} needs a CUDA device; this sampler is on {self.device}; use graph='auto'")
+        self.graph, self.guidance_scale = graph, guidance_scale
+        self.ops = _choose_ops(ops, self.device)
         self.image_shape = image_shape or _image_shape(model)
-        self.model = _inference_copy(model, dtype, self.device)
-        self._rows = self.table.rows.to(self.device, torch.float32)
-        self._counter = torch.zeros(2, dtype=torch.int32, device=self.device)
-        self._times: Tensor | None = None
+        if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
+            raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
+        self.model = prepare(model, dtype, self.device, self.ops) if isinstance(model, UNet) else model
+        self._programs: OrderedDict[tuple[int, bool], tuple[Program, Runner]] = OrderedDict()
 
     @property
     def num_classes(self) -> int | None:
@@ -89,7 +104,7 @@ class Sampler:
 
         callback(step, x) is called with x_T, after every ``interval`` steps and after the last, with the steps
         done and the batch as it stands, [<= batch_size, C, H, W] float32 on the sampler's device; copy it to
-        keep it.
+        keep it. It, and a progress bar, wait for the device at each interval; without them nothing does.
         """
         if n < 0:
             raise ValueError(f"n must be 0 or more; got {n}")
@@ -97,85 +112,83 @@ class Sampler:
             raise ValueError(f"interval must be 1 or more; got {interval}")
         all_labels = self._labels(labels, n)
         generators = self.noise if not isinstance(self.noise, str) else None
+        if isinstance(generators, Sequence) and len(generators) not in (1, n):
+            raise ValueError(f"a list of generators needs one an image; got {len(generators)} for n={n}")
         if self.noise == "torch":
             generators = torch.Generator(self.device).manual_seed(seed)
         result = torch.empty(n, *self.image_shape, device=self.device)
         batches = [(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size)]
+        watched = interval if progress or callback is not None else len(self.table)
         with _progress_bar(progress, len(batches) * len(self.table), n) as bar:
             for start, stop in batches:
                 source = self._source(seed, first_id + start, stop - start, generators, slice(start, stop))
-                x = source.initial()
-                if self.device.type == "cpu":
-                    x = x.contiguous(memory_format=torch.channels_last)
+                program, runner = self._program(min(n, self.batch_size), stop - start, source is not None)
+                batch_labels = None if all_labels is None else _padded(all_labels[start:stop], program.batch_size)
+                ids = torch.arange(first_id + start, first_id + start + program.batch_size)
+                x_T = None if source is None else _padded(source.initial(), program.batch_size)
+                program.begin(seed, ids, batch_labels, x_T)
+                x = program.x[: stop - start]
                 if callback is not None:
                     callback(0, x)
-                batch_labels = None if all_labels is None else all_labels[start:stop]
-                for done in self._steps(x, source, batch_labels):
-                    if done % interval == 0 or done == len(self.table):
-                        bar.update(min(interval, (done - 1) % interval + 1))
-                        if callback is not None:
-                            callback(done, x)
+                for done, steps in _strides(len(self.table), watched):
+                    self._advance(program, runner, source, done - steps, steps)
+                    if progress and self.device.type == "cuda":
+                        torch.cuda.current_stream(self.device).synchronize()
+                    bar.update(steps)
+                    if callback is not None:
+                        callback(done, x)
                 result[start:stop] = x
         return result
 
-    def _steps(self, x: Tensor, source: NoiseSource, labels: Tensor | None) -> Iterator[int]:
-        """Algorithm 2, lines 2 to 5, on x in place; yields the number of steps done."""
-        seed = ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-        if isinstance(source, Philox):
-            seed, ids = source.seed, source.ids
-        self._counter.zero_()
-        total = len(self.table)
-        for i in range(total):
-            z = source.step(i, total)
-            out = self._predict(x, i, labels)
-            self.ops.sampler_step(
-                x,
-                out,
-                self._rows,
-                self._counter,
-                seed,
-                ids,
-                variance=self.table.variance,
-                x_prev=x,
-                noise=z,
-                thresholding=self.table.thresholding,
-            )
-            yield i + 1
+    def _advance(
+        self, program: Program, runner: Runner, source: Philox | TorchNoise | None, done: int, steps: int
+    ) -> None:
+        """The next steps, with noise from the host where it is not drawn in the step."""
+        if source is None:
+            runner.advance(steps)
+            return
+        assert program.noise is not None
+        for i in range(done, done + steps):
+            z = source.step(i, len(self.table))
+            assert z is not None
+            program.noise[: len(z)].copy_(z)
+            runner.advance(1)
 
-    def _predict(self, x: Tensor, i: int, labels: Tensor | None) -> Tensor:
-        """The network's output at step i: [N, C or 2C, H, W]; of a learned variance not read, C."""
-        t = self.table.timesteps[i]
+    def _program(self, largest: int, n: int, given_noise: bool) -> tuple[Program, Runner]:
+        """The program of a batch of n images: of its own shape on a CPU, where an idle image costs its full time;
+        elsewhere of the whole batch's, whose graph and buffers are there already."""
+        plain = self.device.type == "cpu" and self.ops.initial_noise is None
+        key = (n if plain else largest, given_noise)
+        if key in self._programs:
+            self._programs.move_to_end(key)
+            return self._programs[key]
+        while len(self._programs) >= CACHED_PROGRAMS:
+            self._programs.popitem(last=False)
+        program: Program
         if isinstance(self.model, UNet):
-            out = self.model.run(x.to(self.dtype), self._time_rows(t, len(x), labels), self.ops)
-        else:
-            times = torch.full((len(x),), t, device=self.device)
-            out = self.model(x, times) if labels is None else self.model(x, times, labels)
-            if isinstance(out, (tuple, list)):
-                out = out[0]
-            out = getattr(out, "sample", out)
-        wanted = x.shape[1] * (1 if self.table.variance == "fixed" else 2)
-        if out.shape[1] == 2 * wanted and self.schedule.learned != "fixed":
-            out = out[:, :wanted]  # DDIM with a learned-variance network
-        if out.shape != (len(x), wanted, *x.shape[2:]):
-            raise ValueError(
-                f"the model's output must be [{len(x)}, {wanted}, {x.shape[2]}, {x.shape[3]}] for "
-                f"variance_type={self.schedule.variance_type!r}; got {list(out.shape)}"
+            program = StepProgram(
+                self.model, self.table, key[0], self.image_shape, given_noise, guidance_scale=self.guidance_scale
             )
-        return out
+        else:
+            program = CallableProgram(
+                self.model, self.table, key[0], self.image_shape, self.device, self.ops, given_noise
+            )
+        self._programs[key] = program, self._runner(program)
+        return self._programs[key]
 
-    def _time_rows(self, t: int, n: int, labels: Tensor | None) -> TimeRows:
-        model = self.model
-        assert isinstance(model, UNet)
-        if labels is not None:
-            times = torch.full((n,), t, device=self.device)
-            return TimeRows(model.embed(times, labels), t=times)
-        timesteps = torch.tensor(self.table.timesteps, device=self.device)
-        if self._times is None:
-            self._times = model.time_table(timesteps)
-        return TimeRows(table=self._times, row=self._counter, t=timesteps)
+    def _runner(self, program: Program) -> Runner:
+        if self.graph == "none" or self.device.type != "cuda":
+            return EagerRunner(program)
+        from . import graphs
 
-    def _source(self, seed: int, first_id: int, n: int, generators: Any, part: slice) -> NoiseSource:
+        # Noise from the host comes step by step, so a graph of several steps would never run.
+        return graphs.runner(program, "step" if program.noise is not None and self.graph != "auto" else self.graph)
+
+    def _source(self, seed: int, first_id: int, n: int, generators: Any, part: slice) -> Philox | TorchNoise | None:
+        """Where the host takes noise from; None: the step draws it itself."""
         if generators is None:
+            if self.ops.initial_noise is not None or self.device.type != "cpu":
+                return None
             ids = torch.arange(first_id, first_id + n, dtype=torch.int64, device=self.device)
             key = torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=self.device)
             return Philox(key, ids, self.image_shape)
@@ -209,12 +222,18 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _choose_ops(ops: str | Ops) -> Ops:
+def _choose_ops(ops: str | Ops, device: torch.device) -> Ops:
     if isinstance(ops, Ops):
         return ops
-    if ops in ("auto", "reference"):
+    if ops == "auto":
+        ops = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "reference"
+    if ops == "reference":
         return ops_module.reference()
-    raise ValueError(f"ops must be 'auto', 'reference' or an Ops value; got {ops!r}")
+    if ops == "triton":
+        return ops_module.triton()
+    if ops in ("cpu", "winograd"):
+        raise ValueError(f"ops={ops!r} is not part of this version; use 'auto', 'reference' or 'triton'")
+    raise ValueError(f"ops must be 'auto', 'reference', 'triton' or an Ops value; got {ops!r}")
 
 
 def _device_of(model: object) -> torch.device:
@@ -229,11 +248,18 @@ def _image_shape(model: object) -> tuple[int, int, int]:
     raise ValueError("image_shape=(C, H, W) is needed: the model does not state its image size")
 
 
-def _inference_copy(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    if not isinstance(model, UNet):
-        return model
-    model = copy.deepcopy(model).to(device, dtype).eval().requires_grad_(False)
-    return model.to(memory_format=torch.channels_last) if device.type == "cpu" else model
+def _padded(values: Tensor, n: int) -> Tensor:
+    """[m, ...] -> [n, ...]: the last one repeated, for the images of a partial batch that are thrown away."""
+    return torch.cat((values, values[-1:].expand(n - len(values), *values.shape[1:]))) if len(values) < n else values
+
+
+def _strides(total: int, interval: int) -> Iterator[tuple[int, int]]:
+    """(steps done, steps of this stride): at each multiple of ``interval`` and at the end."""
+    done = 0
+    while done < total:
+        steps = min(interval, total - done)
+        done += steps
+        yield done, steps
 
 
 @contextmanager

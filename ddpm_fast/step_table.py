@@ -30,16 +30,24 @@ class StepTable:
     timesteps: tuple[int, ...]  # [S], descending
     variance: str  # fixed | learned | learned_range: how the network states it
     thresholding: tuple[float, float] | None = None  # (ratio, largest) of dynamic thresholding
+    learned: bool = False  # the network has 2C output channels, whether or not the second half is read
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def times(self) -> Tensor:
+        """The network's time input at each step [S]: int64, or float32 where a scale made it fractional."""
+        times = self.rows[:, TIME]
+        whole = bool((times == times.round()).all())
+        return times.to(torch.int64 if whole else torch.float32)
+
 
 def step_table(
     schedule: Schedule,
-    steps: int | Sequence[int] | None = None,  # how many (by timestep_spacing), or which; None: all
+    steps: int | str | Sequence[int] | None = None,  # how many (by timestep_spacing), which, or `sections`; None: all
     method: str = "ddpm",
     eta: float = 0.0,  # of DDIM: 0 deterministic, 1 the posterior deviation
+    time_scale: float = 1.0,  # the network is given time_scale * t (1000 / T for OpenAI's rescale_timesteps)
 ) -> StepTable:
     """The table of DDPM (Ho et al. 2020, Algorithm 2) or DDIM (Song et al. 2021, equation 12).
 
@@ -53,6 +61,8 @@ def step_table(
         raise ValueError(f"eta belongs to method='ddim'; got eta={eta} with method='ddpm'")
     if steps is None or isinstance(steps, int):
         chain = schedule.timesteps(steps)
+    elif isinstance(steps, str):
+        chain = sections(steps, schedule.num_train_timesteps)
     else:
         chain = _custom_chain(schedule, steps)
     rows = torch.zeros(len(chain), TABLE_WIDTH, dtype=torch.float64)
@@ -60,14 +70,50 @@ def step_table(
     for row, t, prev_t in zip(rows, chain, chain[1:] + [-1]):
         row[KX], row[KO] = _x0_from_output(schedule, t)
         row[CLIP] = schedule.clip_sample_range if clips else math.inf
-        row[TIME] = t
+        row[TIME] = time_scale * t
         if method == "ddpm":
             _ddpm_row(schedule, row, t, prev_t)
         else:
             _ddim_row(schedule, row, t, prev_t, eta)
     limit = (schedule.dynamic_thresholding_ratio, schedule.sample_max_value) if schedule.thresholding else None
     # DDIM's deviation is eta's; what a learned-variance network says of it is not read.
-    return StepTable(rows, tuple(chain), schedule.learned if method == "ddpm" else "fixed", limit)
+    variance = schedule.learned if method == "ddpm" else "fixed"
+    return StepTable(rows, tuple(chain), variance, limit, learned=schedule.learned != "fixed")
+
+
+def sections(rule: str, total: int) -> list[int]:
+    """OpenAI's respacing rule: timesteps of a chain of ``total``, descending.
+
+    "10,15,20" cuts the chain into three sections of (nearly) one length and takes so many steps of each, first
+    and last included, evenly spaced, rounded half to even; "250" is one section. "ddimN" takes every k-th
+    timestep for the whole k that gives N of them. Improved and guided-diffusion's ``timestep_respacing``.
+    """
+    if rule.startswith("ddim"):
+        wanted = _count(rule, rule[len("ddim") :])
+        strides = [k for k in range(1, total) if len(range(0, total, k)) == wanted]
+        if not strides:
+            raise ValueError(f"steps={rule!r}: no whole stride takes {wanted} of {total} timesteps; choose another")
+        return list(range(0, total, strides[0]))[::-1]
+    counts = [_count(rule, part) for part in rule.split(",")]
+    chain: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (i < total % len(counts))
+        if count > size:
+            raise ValueError(f"steps={rule!r}: section {i} has {size} timesteps, fewer than {count}; ask for fewer")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        place = 0.0  # added up, not multiplied: upstream's rounding depends on it
+        for _ in range(count):
+            chain.append(start + round(place))
+            place += stride
+        start += size
+    return chain[::-1]
+
+
+def _count(rule: str, text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f'steps as text must be like "250", "10,15,20" or "ddim50"; got {rule!r}')
+    return int(text)
 
 
 def _x0_from_output(schedule: Schedule, t: int) -> tuple[float, float]:

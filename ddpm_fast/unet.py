@@ -7,8 +7,8 @@ A feature map is [N, C, H, W]; `UNet.forward` is the plain way in, `UNet.run` th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from .ops import Feature, Ops, reference
 class TimeRows:
     """What every residual block adds of the time embedding, as (rows, row) for `conv` and `norm_act`.
 
-    Either one row an image, projected as needed from the embedding [N, E] (training, class labels), or a
-    table [T, total] of all blocks' projections with the device counter that names the row (sampling).
+    Either one row an image, projected as needed from the embedding [N, E] (training), or all blocks'
+    projections at once, one row a step with the device counter that names it, or one an image (sampling).
     """
 
     def __init__(
@@ -32,10 +32,13 @@ class TimeRows:
         table: Tensor | None = None,  # [R, total]: UNet.time_table
         row: Tensor | None = None,  # int [1+]; None: R = N
         t: Tensor | None = None,  # the timesteps, [N], or [R] beside a table; divides fourier outputs
+        parts: Sequence[Tensor] | None = None,  # a table cut up: each block's own, contiguous
     ):
-        self.embedding, self.table, self.row, self.t = embedding, table, row, t
+        self.embedding, self.table, self.row, self.t, self.parts = embedding, table, row, t, parts
 
     def of(self, block: ResnetBlock) -> tuple[Tensor, Tensor | None]:
+        if self.parts is not None:
+            return self.parts[block.time_index], self.row
         if self.table is not None:
             return self.table[:, block.time_slice], self.row
         assert self.embedding is not None
@@ -50,10 +53,20 @@ class TimeRows:
 class ResnetBlock(nn.Module):
     """norm, act, (resample), conv + time, norm, act, conv, + shortcut. Diffusers' ResnetBlock2D."""
 
-    time_slice: slice  # this block's columns of a time table; set by UNet
+    time_slice: slice  # this block's columns of a time table, and its number; set by UNet
+    time_index: int
 
-    def __init__(self, c: UNetConfig, in_channels: int, out_channels: int, resample: str = "", factor: float = 1.0):
+    def __init__(
+        self,
+        c: UNetConfig,
+        in_channels: int,  # of x and the skip together
+        out_channels: int,
+        resample: str = "",
+        factor: float = 1.0,
+        skip_channels: int = 0,
+    ):
         super().__init__()
+        self.inputs = (in_channels - skip_channels, skip_channels) if skip_channels else (in_channels,)
         self.scale_shift = c.resnet_time_scale_shift == "scale_shift"
         self.resample, self.scale = resample, 1.0 / factor
         self.act, self.dropout = c.act_fn, c.dropout
@@ -98,12 +111,19 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
-    def qkv(self) -> tuple[Tensor, Tensor]:
+    # (qkv weight, bias, projection weight, bias) as a set packs them, in a prepared copy
+    packed: tuple[Any, Tensor, Any, Tensor] | None = None
+
+    def qkv(self) -> tuple[Any, Tensor]:
         """The three projections as one 1x1 convolution: weight [3 * inner, C, 1, 1], bias [3 * inner]."""
+        if self.packed is not None:
+            return self.packed[:2]
         parts = (self.to_q, self.to_k, self.to_v)
         return torch.cat([p.weight for p in parts])[:, :, None, None], torch.cat([p.bias for p in parts])
 
-    def projection(self) -> tuple[Tensor, Tensor]:
+    def projection(self) -> tuple[Any, Tensor]:
+        if self.packed is not None:
+            return self.packed[2:]
         out = self.to_out[0]
         assert isinstance(out, nn.Linear)
         return out.weight[:, :, None, None], out.bias
@@ -131,11 +151,11 @@ class Resampler(nn.Module):
 class Block(nn.Module):
     """One level, down or up: residual blocks, each with its attention, then the resampler."""
 
-    def __init__(self, c: UNetConfig, kind: str, widths: list[int], channels: int, resample: str):
+    def __init__(self, c: UNetConfig, kind: str, inputs: list[tuple[int, int]], channels: int, resample: str):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c, w, channels) for w in widths)
+        self.resnets = nn.ModuleList(ResnetBlock(c, h + skip, channels, skip_channels=skip) for h, skip in inputs)
         if kind.startswith("Attn"):
-            self.attentions = nn.ModuleList(Attention(c, channels, c.norm_num_groups) for _ in widths)
+            self.attentions = nn.ModuleList(Attention(c, channels, c.norm_num_groups) for _ in inputs)
         if resample:
             by_resnet = kind.startswith("Resnet") or (
                 kind.startswith("Attn") and (c.downsample_type if resample == "down" else c.upsample_type) == "resnet"
@@ -231,6 +251,8 @@ class UNet(nn.Module):
     ones are fine), labels [N] where the model has classes -> [N, out_channels, H, W].
     """
 
+    ops: Ops | None = None  # the set whose weights a prepared copy has; None: `reference`, or who is asked
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         c = self.config = config
@@ -256,7 +278,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         before = widths[0]
         for i, kind in enumerate(c.down_block_types):
-            inputs = [before] + [widths[i]] * (c.layers_per_block - 1)
+            inputs = [(before, 0)] + [(widths[i], 0)] * (c.layers_per_block - 1)
             self.down_blocks.append(Block(c, kind, inputs, widths[i], "down" if i + 1 < c.levels else ""))
             before = widths[i]
         self.mid_block = MidBlock(c, widths[-1]) if c.mid_block_type is not None else None
@@ -264,15 +286,15 @@ class UNet(nn.Module):
         for i, kind in enumerate(c.up_block_types):
             channels = widths[-1 - i]
             skips = [channels] * c.layers_per_block + [widths[max(c.levels - 2 - i, 0)]]
-            inputs = [(before if j == 0 else channels) + skip for j, skip in enumerate(skips)]
+            inputs = [(before if j == 0 else channels, skip) for j, skip in enumerate(skips)]
             self.up_blocks.append(Block(c, kind, inputs, channels, "up" if i + 1 < c.levels else ""))
             before = channels
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
         start = 0
-        for block in self.residual_blocks():
-            block.time_slice = slice(start, start + block.time_emb_proj.out_features)
+        for index, block in enumerate(self.residual_blocks()):
+            block.time_index, block.time_slice = index, slice(start, start + block.time_emb_proj.out_features)
             start = block.time_slice.stop
 
     def residual_blocks(self) -> list[ResnetBlock]:
@@ -327,7 +349,7 @@ class UNet(nn.Module):
             features = sinusoid(t, c.block_out_channels[0], c.freq_shift, c.flip_sin_to_cos)
         else:
             features = cast(nn.Module, self.time_proj)(t)
-        return features.to(self.dtype)
+        return features.to(cast(TimeEmbedding, self.time_embedding).linear_1.weight.dtype)
 
     def time_table(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Every residual block's time projection at each timestep [T] -> [T, total]; see `TimeRows`."""
@@ -336,7 +358,13 @@ class UNet(nn.Module):
 
     def run(self, x: Tensor, time: TimeRows, ops: Ops | None = None) -> Tensor:
         """The network after the time embedding: x [N, C, H, W] in the model's dtype -> [N, out, H, W]."""
-        ops = ops or reference()
+        ops = ops or self.ops or reference()
+        h = self.features(x, time, ops)
+        y = ops.leave(ops.conv(h, self.conv_out.weight, self.conv_out.bias))
+        return time.divide(y) if self.config.time_embedding_type == "fourier" else y
+
+    def features(self, x: Tensor, time: TimeRows, ops: Ops) -> Feature:
+        """All of `run` before the last convolution."""
         if self.config.center_input_sample:
             x = 2 * x - 1
         h = ops.conv(ops.enter(x), self.conv_in.weight, self.conv_in.bias, with_stats=True)
@@ -347,9 +375,7 @@ class UNet(nn.Module):
             h = self.mid_block(ops, h, time)
         for block in self.up_blocks:
             h = cast(Block, block).up(ops, h, skips, time)
-        h = _norm_act(ops, self.conv_norm_out, h, "silu")
-        y = ops.leave(ops.conv(h, self.conv_out.weight, self.conv_out.bias))
-        return time.divide(y) if self.config.time_embedding_type == "fourier" else y
+        return _norm_act(ops, self.conv_norm_out, h, "silu")
 
 
 def _norm_act(ops: Ops, norm: nn.GroupNorm, x: Feature, act: str, **kwargs: object) -> Feature:

@@ -125,16 +125,16 @@ def test_t_is_uniform_and_noise_is_normal(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_loss_is_equation_14_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = trainer(model=replace(MODEL, dropout=0.0))
+    k, model = 4, replace(MODEL, dropout=0.0)
+    seen = drawn(trainer(model=model), k, monkeypatch)
+    trained, batch = trainer(model=model), make_batch(images(), CONFIG, k, CPU)
     before = copy.deepcopy(trained.model).double()
-    k = 4
-    seen = drawn(trained, k, monkeypatch)
-    loss, _ = trainer(model=replace(MODEL, dropout=0.0)).step(k, make_batch(images(), CONFIG, k, CPU))
+    loss, _ = trained.step(k, batch)
     betas = torch.linspace(1e-4, 0.2, 50, dtype=torch.float64)
     a = torch.cumprod(1 - betas, 0)[seen["t"]][:, None, None, None]
-    x0, noise = seen["x0"].double(), seen["noise"].double()
+    x0, noise = batch.x0.double(), seen["noise"].double()
     with torch.no_grad():
-        predicted = before(a.sqrt() * x0 + (1 - a).sqrt() * noise, seen["t"], seen["labels"])
+        predicted = before(a.sqrt() * x0 + (1 - a).sqrt() * noise, seen["t"], batch.labels)
     want = ((noise - predicted) ** 2).mean()
     assert abs(float(loss) - float(want)) < 1e-5 * float(want)
 

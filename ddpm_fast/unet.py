@@ -181,13 +181,8 @@ class Block(nn.Module):
             skips.append(h)
         return h
 
-    def up(self, ops: Ops, h: Feature, skips: list[Feature], time: TimeRows) -> Feature:
-        for resnet, attention in self.stages():
-            h = resnet(ops, h, skips.pop(), time)
-            h = h if attention is None else attention(ops, h)
-        for sampler in getattr(self, "upsamplers", ()):
-            h = sampler(ops, h, None, time)
-        return h
+    def upsampler(self) -> nn.Module | None:
+        return next(iter(getattr(self, "upsamplers", ())), None)
 
 
 class MidBlock(nn.Module):
@@ -373,8 +368,13 @@ class UNet(nn.Module):
             h = cast(Block, block).down(ops, h, skips, time)
         if self.mid_block is not None:
             h = self.mid_block(ops, h, time)
-        for block in self.up_blocks:
-            h = cast(Block, block).up(ops, h, skips, time)
+        # Not a method of Block: this frame would hold the block's input, the largest map there is, to its end.
+        for block in cast(Iterator[Block], iter(self.up_blocks)):
+            for resnet, attention in block.stages():
+                h = resnet(ops, h, skips.pop(), time)
+                h = h if attention is None else attention(ops, h)
+            if (upsampler := block.upsampler()) is not None:
+                h = upsampler(ops, h, None, time)
         return _norm_act(ops, self.conv_norm_out, h, "silu")
 
 

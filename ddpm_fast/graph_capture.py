@@ -27,10 +27,21 @@ class Program(Protocol):
     why a step needs the host each time (noise from a generator there); such a program is never captured.
     """
 
-    x: Tensor  # [N, C, H, W]: x_t
-    counter: Tensor  # int32 [2]: the row that the next step reads, and a scratch word; the step advances it
-    device: torch.device
-    steps: int  # of a whole trajectory
+    @property
+    def x(self) -> Tensor:
+        """[N, C, H, W]: x_t."""
+
+    @property
+    def counter(self) -> Tensor:
+        """int32 [2]: the row that the next step reads, and a scratch word; the step advances it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+
+    @property
+    def steps(self) -> int:
+        """Of a whole trajectory."""
 
     def step(self) -> Any:
         """Enqueue one step: static buffers, nothing from the host."""
@@ -60,8 +71,8 @@ class Captured:
 
     def advance(self, program: Program, k: int) -> int:
         """Run k steps; returns how often the host launched."""
-        if self.kind == "loop":
-            return self._advance_loop(program, k)
+        if self.kind == "loop" and k > 1:
+            return self.advance_loop(program, k)
         chunks, rest = divmod(k, self.chunk_steps) if self.chunk is not None else (0, k)
         for _ in range(chunks):
             assert self.chunk is not None
@@ -71,7 +82,8 @@ class Captured:
             run()
         return chunks + rest
 
-    def _advance_loop(self, program: Program, k: int) -> int:
+    def advance_loop(self, program: Program, k: int) -> int:
+        """The same by the loop; of one step, which the captured step does without a stop word, only to check it."""
         assert self.loop is not None and self.stop is not None
         launches = 1
         whole = k >= program.steps
@@ -177,9 +189,9 @@ def _add_loop(captured: Captured, program: Program, trial: _Trial) -> None:
     captured.kind = "loop"
 
     def in_two_parts(k: int) -> None:
-        captured.advance(program, 1)
+        captured.advance_loop(program, 1)
         if k > 1:
-            captured.advance(program, k - 1)
+            captured.advance_loop(program, k - 1)
 
     try:
         looped = trial.run(in_two_parts)

@@ -36,14 +36,17 @@ def runner(
     backend: Callable[[torch.device], Backend] | None = None,
     cache: GraphCache | None = None,
 ) -> Runner:
-    """A runner of ``program`` in the form ``graph``, captured and checked; what the program held is put back.
+    """A runner of ``program`` in the form ``graph``.
+
+    It captures and checks at its first step (a class-conditional program knows its labels only then), and puts
+    back what the program held.
 
     "auto" takes loop, chunk or step, the first that works, on a CUDA device, and eager elsewhere; where a step
     cannot be captured it warns once and runs eagerly. "loop" becomes chunk, with a warning, where the driver, the
     toolkit or the step does not allow it. backend and cache stand in for CUDA and for the process's own cache.
 
-    Raises ValueError for a graph that the device or the program rules out, GraphCaptureError when "step", "chunk"
-    or "loop" was asked for and the step cannot be captured.
+    Raises ValueError for a graph that the device or the program rules out. The runner raises GraphCaptureError
+    when "step", "chunk" or "loop" was asked for and the step cannot be captured.
     """
     if graph not in GRAPHS:
         raise ValueError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}")
@@ -71,16 +74,31 @@ class Runner:
         self.launches = 0  # by the host so far: graphs, and writes of the word that stops a loop; eagerly, steps
         self._backend, self._cache, self._closed = backend, cache, False
         self._eager = Captured("none", reason=reason) if graph == "none" else None
-        self.kind = "none"  # the form in use: none, step, chunk or loop
-        self.reason: str | None = None  # why it is not a better form, where something stood against one
-        self._captured()
+        self._form: tuple[str, str | None] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The form in use: none, step, chunk or loop. Captures where nothing is captured yet."""
+        return self._known_form()[0]
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not a better form, where something stood against one."""
+        return self._known_form()[1]
+
+    def _known_form(self) -> tuple[str, str | None]:
+        if self._form is None:
+            self._captured()
+        assert self._form is not None
+        return self._form
 
     @torch.inference_mode()
     def advance(self, k: int) -> None:
         """Run the next k steps on the current stream; returns without waiting for them.
 
-        Captures anew only where the program's buffers moved, or where more programs than the cache holds were
-        used in between. ValueError for k outside 0..steps; that no more than ``steps`` are run is the caller's.
+        Captures at the first call, and later only where the program's buffers moved, or where more programs than
+        the cache holds were used in between. ValueError for k outside 0..steps; that a trajectory gets no more
+        steps than it has is the caller's.
         """
         if not 0 <= k <= self.program.steps:
             raise ValueError(f"advance(k) needs k in 0..{self.program.steps}, the program's steps; got {k}")
@@ -96,7 +114,7 @@ class Runner:
         if self._closed:
             raise RuntimeError("this runner is closed, and its graphs are freed; make another with graphs.runner")
         captured = self._eager or self._cache.fetch(self.program, self.graph, self._backend)
-        self.kind, self.reason = captured.kind, captured.reason
+        self._form = captured.kind, captured.reason
         return captured
 
 

@@ -16,12 +16,15 @@ import torch
 from graph_stand_in import LoopGraph, RecordedGraph, StandIn, _NoSynchronisation
 from torch import Tensor
 
-from ddpm_fast import graphs
+from ddpm_fast import graphs, ops
+from ddpm_fast.engine import CallableProgram, StepProgram
 from ddpm_fast.graph_capture import CHUNK_STEPS
 from ddpm_fast.graphs import GraphCache, GraphCaptureError, Runner
 from ddpm_fast.kernels import reference
+from ddpm_fast.prepared import prepare
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table
+from ddpm_fast.unet import UNet, UNetConfig
 
 FORMS = ("step", "chunk", "loop")
 
@@ -81,7 +84,10 @@ def _plain(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 def make(program: Toy, graph: str, cache: GraphCache | None = None, **faults: Any) -> tuple[Runner, StandIn]:
     backend = StandIn(written=program.buffers, **faults)
-    return graphs.runner(program, graph, backend=backend, cache=GraphCache() if cache is None else cache), backend
+    run = graphs.runner(program, graph, backend=backend, cache=GraphCache() if cache is None else cache)
+    assert backend.log == []  # labels, say, are not known yet
+    assert run.kind in ("none", *FORMS)  # captures
+    return run, backend
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +185,9 @@ def test_launches() -> None:
             run.advance(steps)  # the stop word has to go back to the end: one write more
             run.advance(steps)
             assert run.launches == 1 + 2 + 2 + 1
+            program.begin(0, ids)
+            run.advance(1)  # one step is the captured step
+            assert run.launches == 1 + 2 + 2 + 1 + 1
 
 
 @pytest.mark.parametrize("graph", FORMS)
@@ -220,7 +229,7 @@ def test_warm_up_and_capture_are_on_the_side_stream_and_in_order() -> None:
 
     program = Watched()
     backend = StandIn(written=program.buffers)
-    graphs.runner(program, "loop", backend=backend, cache=GraphCache())
+    assert graphs.runner(program, "loop", backend=backend, cache=GraphCache()).kind == "loop"
     assert all(side for side, _ in where)
     warm_up = [captured for _, captured in where].index(True)
     assert warm_up >= 4  # twice three steps before the capture
@@ -393,7 +402,7 @@ def test_a_failure_that_only_capture_shows_names_its_place() -> None:
     program = Choosing()
     backend = StandIn(written=program.buffers)
     with pytest.raises(GraphCaptureError, match=r"at tests/test_graphs.py:\d+ in predict .*not permitted when stream"):
-        graphs.runner(program, "step", backend=backend, cache=GraphCache())
+        graphs.runner(program, "step", backend=backend, cache=GraphCache()).advance(1)
 
 
 def test_running_out_of_memory_in_capture_is_a_capture_failure() -> None:
@@ -557,8 +566,70 @@ def test_a_failed_capture_frees_what_it_had() -> None:
     program = Toy()
     backend.written = program.buffers
     with pytest.raises(GraphCaptureError):
-        graphs.runner(program, "chunk", backend=backend, cache=GraphCache())
+        graphs.runner(program, "chunk", backend=backend, cache=GraphCache()).advance(1)
     assert freed(backend) == [True]
+
+
+# --- the engine's own programs ---
+
+
+def _unet(classes: int | None = None) -> UNet:
+    torch.manual_seed(0)
+    return UNet(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(16, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=8,
+            num_class_embeds=classes,
+        )
+    )
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+def test_a_prepared_network_as_a_graph(classes: int | None) -> None:
+    """What of the network's step the host decides, a replay would repeat: every form against eager steps."""
+    prepared = prepare(_unet(classes), torch.float32, torch.device("cpu"), ops.reference())
+    table = step_table(Schedule(num_train_timesteps=12), 6)
+    outcome = []
+    for graph in ("none", *FORMS):
+        program = StepProgram(prepared, table, 2, (3, 8, 8))
+        backend = StandIn(written=lambda: [program.x, program.counter])
+        run = graphs.runner(program, graph, backend=backend, cache=GraphCache())
+        for seed, labels in ((0, (1, 4)), (1, (2, 0))):
+            program.begin(seed, labels=None if classes is None else torch.tensor(labels))
+            run.advance(4)
+            run.advance(2)
+            outcome.append(program.x.clone())
+        assert run.kind == graph
+    assert not torch.equal(outcome[0], outcome[1]) and outcome[0].isfinite().all()
+    for form in range(1, 4):
+        assert same_bits(outcome[2 * form : 2 * form + 2], outcome[:2])
+
+
+def test_a_callable_model_as_a_graph() -> None:
+    table = step_table(Schedule(num_train_timesteps=6))
+    labels = torch.tensor([3, 1])
+
+    def model(x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (x * (t / 6 + labels)[:, None, None, None].sin(),)
+
+    outcome = []
+    for graph in ("none", *FORMS):
+        program = CallableProgram(model, table, 2, (3, 4, 4), "cpu", ops.reference())
+        backend = StandIn(written=lambda: [program.x, program.counter])
+        run = graphs.runner(program, graph, backend=backend, cache=GraphCache())
+        for shift in (0, 2):
+            program.begin(0, labels=labels + shift)
+            run.advance(6)
+            outcome.append(program.x.clone())
+        assert run.kind == graph and len(backend.captured) <= 2
+    assert not torch.equal(outcome[0], outcome[1])
+    for form in range(1, 4):
+        assert same_bits(outcome[2 * form : 2 * form + 2], outcome[:2])
 
 
 # --- what may be asked ---

@@ -264,11 +264,12 @@ def test_odd_members_of_a_tar_do_no_harm(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz", ".tar.gz", ".tar.bz2"])
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_damaged_archives_are_an_error_or_skip_images(tmp_path: Path, suffix: str) -> None:
-    path = tar_of(tmp_path / f"x{suffix}", {name: png(p) for name, p in zip(NAMES, PIXELS)})
+    large = RNG.integers(0, 256, (6, 80, 80, 3), dtype=np.uint8)  # beyond what one read of a stream buffers
+    path = tar_of(tmp_path / f"x{suffix}", {name: png(p) for name, p in zip(NAMES, large)})
     whole = path.read_bytes()
-    images = {p.tobytes() for p in PIXELS}
+    images = {p.tobytes() for p in large}
     refused = 0
-    for at in range(0, len(whole), 131):
+    for at in [*range(0, len(whole), len(whole) // 30), *range(0, 60, 7), *range(len(whole) - 60, len(whole), 7)]:
         for content in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
             path.write_bytes(content)
             try:

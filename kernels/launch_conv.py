@@ -71,8 +71,12 @@ NARROW_TILES = (
 )
 FULL_PRECISION_TILES = (
     Tile(64, 64, 4, 1.0, "float32 multiplies on the ordinary units: an accumulator that fits the registers"),
+    Tile(32, 128, 4, 0.9, "float32, where an entry of the statistics takes 128 pixels"),
     Tile(32, 32, 4, 0.7, "float32, spread wider"),
-    Tile(16, 32, 2, 0.4, "float32, for few channels"),
+)
+NARROW_FULL_PRECISION_TILES = (
+    Tile(16, 128, 4, 0.6, "float32, at most 16 output channels, whole entries of the statistics"),
+    Tile(16, 32, 2, 0.5, "float32, at most 16 output channels, spread wider"),
 )
 
 
@@ -86,10 +90,11 @@ def conv_launch(
     arch: int,  # compute capability, 90 for sm_90
 ) -> Launch:
     """The tile that finishes first: rounds over the multiprocessors times the time of one round."""
-    narrow = out_channels <= 16 and dtype != torch.float32
-    tiles = NARROW_TILES if narrow else TILES if _has_groups(arch) else MMA_SYNC_TILES
+    narrow = out_channels <= 16
     if dtype == torch.float32:
-        tiles = FULL_PRECISION_TILES
+        tiles = NARROW_FULL_PRECISION_TILES if narrow else FULL_PRECISION_TILES
+    else:
+        tiles = NARROW_TILES if narrow else TILES if _has_groups(arch) else MMA_SYNC_TILES
     usable = [t for t in tiles if t.pixels >= part]
     sms = MULTIPROCESSORS.get(arch, 128)
     tile = min(usable, key=lambda t: _time(t, pixels, out_channels, sms))

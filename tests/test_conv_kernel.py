@@ -23,7 +23,7 @@ from torch import Tensor
 from ddpm_fast.kernels import conv as fused
 from ddpm_fast.kernels import reference
 from ddpm_fast.kernels.launch import Launch
-from ddpm_fast.kernels.launch_conv import part_pixels
+from ddpm_fast.kernels.launch_conv import conv_launch, part_pixels
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NHWC = torch.channels_last
@@ -311,6 +311,23 @@ def rows(x: Any, first: int, n: int) -> Any:
     if isinstance(x, reference.Shortcut):
         return reference.Shortcut(rows(x.x, first, n), rows(x.skip, first, n), x.weight, x.bias)
     return x[first : first + n] if isinstance(x, Tensor) and len(x) == 8 else x
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_launch_choices_hold_whole_parts_and_fit(arch: int, dtype: torch.dtype) -> None:
+    """A tile exists for every size of part, and its copies in flight fit the shared memory of the architecture."""
+    limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) * 1024
+    for part in (1, 8, 16, 32, 64, 128):
+        for k in (3, 16, 64, 512):
+            for pixels in (part, 1024, 2**20):
+                launch = conv_launch(pixels, k, 64, part, dtype, arch)
+                bn, bm = launch.meta["BN"], launch.meta["BM"]
+                assert bm % part == 0, (launch, part)
+                assert part % launch.meta["RUN"] == 0, (launch, part)
+                assert launch.num_stages * (bn + bm) * 64 * dtype.itemsize <= limit, (launch, part)
+        wide, spread = (conv_launch(pixels, 512, 64, part, BF16, arch) for pixels in (2**20, part))
+        assert wide.meta["BM"] >= spread.meta["BM"], "a large batch takes tiles as large as a small one"
 
 
 def test_upsampling_folds_taps_once() -> None:

@@ -67,6 +67,9 @@ def sample(
         raise ValueError(f"--film must end in .png or .gif; got {film}")
     if out.suffix and out.suffix.lower() not in (".png", ".npz") and not out.is_dir():
         raise ValueError(f"--out must be a .png, an .npz or a folder; got {out}")
+    for path in (out, film):
+        if path is not None:  # now, not when the images are drawn
+            images.make_folder(path.parent if path.suffix else path)
     where = _device(device)
     checkpoint = load(source, preset, _assignments(settings))
     sampler = Sampler(
@@ -177,6 +180,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; see ddpm-fast doctor"
@@ -188,11 +193,17 @@ def main() -> None:
     """The entry point: a user's mistake costs one line on stderr and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *_: print(f"ddpm-fast: warning: {message}", file=sys.stderr)
     try:
-        raise SystemExit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # some versions of typer catch the interrupt and return this
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except (KeyboardInterrupt, typer.Abort):
         print("ddpm-fast: interrupted; nothing half-written is left", file=sys.stderr)
         raise SystemExit(130) from None
     except _USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            raise SystemExit(0) from None
         _fail(error.format_message())
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))

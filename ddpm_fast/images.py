@@ -23,7 +23,7 @@ STRIP_SIDE = 1200  # the same for a film strip, which is wide
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` that takes its name when the block ends, and goes if it fails."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -35,6 +35,17 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder, or OSError (one line) if it cannot be made or written to."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} cannot be a folder: a file is in its way") from None
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to")
 
 
 def _umask() -> int:

@@ -12,7 +12,10 @@ The rules, the same for every operation:
 
 Each function has two forms. "fused" is the operation as the kernels run it. "plain" is what it stands for
 in eager torch: each of concatenation, normalisation, activation, convolution, addition a launch that
-reads its inputs and writes its outputs. FLOPs differ between the forms in one place only, `upsample_conv`.
+reads its inputs and writes its outputs. A convolution's bias is an addition: cuDNN's takes none, and torch adds
+it in a launch of its own (aten/src/ATen/native/Convolution.cpp). The sum around a block is divided by its output
+scale, as diffusers' UNet2DModel does where that is 1 too. FLOPs differ between the forms in one place only,
+`upsample_conv`.
 Shapes are [N, C, H, W]. An unknown form raises ValueError.
 """
 
@@ -120,8 +123,8 @@ def conv(
     """One 3x3 or 1x1 convolution with its epilogue: inputs, weights and residual in, result and statistics out.
 
     Fused: an image of fewer than CHANNEL_PAD channels (conv_in's) lies padded to that many, and is read so.
-    Plain: concatenation, uneven padding, convolution, then time row, shortcut (a second convolution, that
-    reads the concatenation which norm_act made, and an addition), residual and scale one launch each.
+    Plain: concatenation, uneven padding, convolution, then bias, time row, shortcut (a second convolution, that
+    reads the concatenation which norm_act made, its bias, and an addition), residual and scale one launch each.
     """
     n, c1, h, w = x
     before, after = (kernel // 2,) * 2 if padding is None else padding
@@ -285,9 +288,10 @@ def _epilogue(
     if _is_fused(form):
         read = cost.bytes_read + image * residual
         return Cost(cost.flops, read, VECTOR_BYTES * 3 * n * parts * k)
-    for inputs in [1] * (time_rows > 0) + [2] * (shortcut_channels > 0) + [2] * residual + [1] * (scale != 1.0):
-        cost += Cost(0, inputs * image, image, 1)
-    return cost
+    around = shortcut_channels > 0
+    unary = bias * (1 + around) + (time_rows > 0) + (around or residual or scale != 1.0)
+    binary = around + residual
+    return cost + Cost(0, (unary + 2 * binary) * image, (unary + binary) * image, unary + binary)
 
 
 def _count(shape: Sequence[int]) -> int:

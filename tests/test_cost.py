@@ -35,7 +35,10 @@ def moved(*tensors: Tensor) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes in and out of every torch operation that is no view, and how many there were."""
+    """Bytes in and out of every torch operation that is no view, and how many there were.
+
+    A convolution's bias is one more, in place: torch on a GPU adds it after cuDNN's convolution.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +52,10 @@ class Traffic(TorchDispatchMode):
             self.read += moved(*(a for a in flat if isinstance(a, Tensor) and a.dim()))
             self.written += moved(first)
             self.launches += 1
+            if func is torch.ops.aten.convolution.default and args[2] is not None:
+                self.read += moved(first)
+                self.written += moved(first)
+                self.launches += 1
         return result
 
 

@@ -106,7 +106,7 @@ def train(
     ] = "",
     out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run in it goes on.")] = Path("runs/ddpm"),
     preset: Annotated[str, typer.Option(help="tiny, cifar10 or lsun256.")] = "tiny",
-    image_size: Annotated[int | None, typer.Option(help="Scale and crop images to this many pixels.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Scale and crop images to this many pixels. Default: the preset's.")] = None,
     label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.0,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Ignore the data's labels.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,

@@ -193,7 +193,8 @@ class _Run:
 
     def _export(self) -> None:
         """The EMA weights in the diffusers layout."""
-        diffusers.save(self.out, self.trainer.ema.model, self.trainer.schedule)
+        names = self.trainer.data.label_names
+        diffusers.save(self.out, self.trainer.ema.model, self.trainer.schedule, label_names=names)
 
     def _preview(self, done: int) -> None:
         """A grid of samples from the EMA weights, always from the same noise."""

@@ -21,7 +21,7 @@ def run(
     data: str,
     out: Path,
     preset_name: str,
-    image_size: int | None,
+    image_size: int | None,  # None: the preset's
     label_dropout: float,
     unconditional: bool,
     strict: bool,
@@ -36,7 +36,8 @@ def run(
     source = data or preset.data
     if not source:
         raise ValueError(f"preset {preset_name} brings no images of its own: name a folder, an .npz or a .tar of them")
-    images = load_data(source, image_size, channels=parts[UNetConfig].get("in_channels", 3), strict=strict)
+    channels = parts[UNetConfig].get("in_channels", 3)
+    images = load_data(source, image_size or preset.image_size, channels=channels, strict=strict)
     if unconditional:
         images = replace(images, labels=None, label_names=None)
     if config.label_dropout and not images.num_classes:

@@ -22,7 +22,7 @@ from ddpm_fast.graph_loop import LoopUnavailable
 SYNCHRONISING = ("aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
 
 
-class _NoSynchronisation(TorchDispatchMode):
+class NoSynchronisation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if str(func) in SYNCHRONISING:
             raise RuntimeError("called a synchronizing CUDA operation")
@@ -122,7 +122,7 @@ class StandIn:
 
     @contextmanager
     def no_synchronisation(self) -> Iterator[None]:
-        with _NoSynchronisation():
+        with NoSynchronisation():
             yield
 
     def capture(self, run: Callable[[], Any]) -> RecordedGraph:

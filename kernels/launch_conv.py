@@ -63,15 +63,15 @@ TILES = (
     Tile(64, 32, 4, 0.45, "smaller: spreads a batch of 1"),
     Tile(64, 16, 4, 0.3, "smallest: a batch of 1 at 8x8 and below"),
 )
-# mma.sync takes its operands through registers, beside the accumulator: 8 warps for 64 x 128, 4 would spill.
-MMA_SYNC_TILES = tuple(t._replace(warps=8) if t.channels * t.pixels == 64 * 128 else t for t in TILES)
+# Except wgmma, all need 8 warps for 64 x 128, 4 spill: mma.sync (its operands are registers too) and tcgen05.
+EIGHT_WARP_TILES = tuple(t._replace(warps=8) if t.channels * t.pixels == 64 * 128 else t for t in TILES)
 NARROW_TILES = (
     Tile(16, 128, 4, 0.5, "at most 16 output channels: 16 is the least that a matrix instruction takes"),
     Tile(16, 64, 4, 0.4, "at most 16 output channels, spread wider"),
 )
 FULL_PRECISION_TILES = (
     Tile(64, 64, 4, 1.0, "float32 multiplies on the ordinary units: an accumulator that fits the registers"),
-    Tile(32, 128, 4, 0.9, "float32, where an entry of the statistics takes 128 pixels"),
+    Tile(32, 128, 8, 0.9, "float32, where an entry of the statistics takes 128 pixels; 4 warps would spill"),
     Tile(32, 32, 4, 0.7, "float32, spread wider"),
 )
 NARROW_FULL_PRECISION_TILES = (
@@ -94,7 +94,7 @@ def conv_launch(
     if dtype == torch.float32:
         tiles = NARROW_FULL_PRECISION_TILES if narrow else FULL_PRECISION_TILES
     else:
-        tiles = NARROW_TILES if narrow else TILES if _has_groups(arch) else MMA_SYNC_TILES
+        tiles = NARROW_TILES if narrow else TILES if arch == 90 else EIGHT_WARP_TILES
     usable = [t for t in tiles if t.pixels >= part]
     sms = MULTIPROCESSORS.get(arch, 128)
     tile = min(usable, key=lambda t: _time(t, pixels, out_channels, sms))

@@ -16,86 +16,28 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ddpm_fast import ops
 from ddpm_fast.config import UNetConfig
-from ddpm_fast.kernels import reference
-from ddpm_fast.kernels.cost import CHANNEL_PAD, Cost, total
+from ddpm_fast.gpus import GPUS
+from ddpm_fast.planning import HEADER, aligned, group, records, rows, totals
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.recording import Record
-from ddpm_fast.unet import TimeRows, UNet
+from ddpm_fast.schedule import Schedule
+from ddpm_fast.step_table import step_table
 
-# NVIDIA H100 SXM5: "1,979 teraFLOPS" bfloat16 is with sparsity, so half of it dense; 3.35 TB/s of HBM3.
-# Source: NVIDIA H100 Tensor Core GPU datasheet, product specifications, H100 SXM.
-H100_FLOPS_PER_S = 1979e12 / 2
-H100_BYTES_PER_S = 3.35e12
+H100 = GPUS["h100"]
+H100_FLOPS_PER_S, H100_BYTES_PER_S = H100.half_flops_per_s, H100.bytes_per_s
 
 MODELS = {  # preset, batch, heading
     "cifar10": ("cifar10", 256, "google/ddpm-cifar10-32"),
     "256": ("lsun256", 16, "google/ddpm-*-256"),
 }
-CONVOLUTIONS = ("conv", "upsample_conv")
-
-
-@dataclass(frozen=True)
-class Line:
-    """Launches of one operation, shape and kind; the cost is of one of them."""
-
-    count: int
-    operation: str
-    input: str
-    output: str
-    detail: str
-    cost: Cost
-
-    @property
-    def time_us(self) -> float:
-        """Of one launch, at the H100's roofs."""
-        return self.cost.seconds(H100_FLOPS_PER_S, H100_BYTES_PER_S) * 1e6
-
-    @property
-    def bound(self) -> str:
-        compute, traffic = self.cost.flops / H100_FLOPS_PER_S, self.cost.bytes / H100_BYTES_PER_S
-        return "compute" if compute > traffic else "memory"
 
 
 def record_step(preset: str, batch: int, form: str = "fused", dtype: torch.dtype = torch.bfloat16) -> list[Record]:
-    """The launches of one step of a preset's network: `UNet.run` with a time table, then the sampler step."""
+    """The launches of one step of a preset's network, none of them cut into parts of the batch."""
     p = PRESETS[preset]
-    with torch.device("meta"), torch.no_grad():
-        model = UNet(UNetConfig(**p.model)).eval().to(dtype)
-        channels = model.config.in_channels
-        x = torch.empty(batch, channels, p.image_size, p.image_size)
-        width = sum(block.time_emb_proj.out_features for block in model.residual_blocks())
-        row = torch.empty(1, dtype=torch.int32)
-        recorded, log = ops.recording(ops.reference(), form)
-        out = model.run(x.to(dtype), TimeRows(table=torch.empty(1000, width), row=row), recorded)
-        recorded.sampler_step(
-            x,
-            out,
-            torch.empty(1000, reference.TABLE_WIDTH),
-            torch.empty(2, dtype=torch.int32),
-            torch.empty(1, dtype=torch.int64),
-            torch.empty(batch, dtype=torch.int64),
-            low=torch.empty(batch, CHANNEL_PAD, *x.shape[2:], dtype=dtype),
-        )
-    return log
-
-
-def group(records: Sequence[Record]) -> list[Line]:
-    """Equal launches joined, in the order of their first appearance."""
-    counts: dict[Line, int] = {}
-    for r in records:
-        inputs = " ".join(f"{'' if name == 'x' else name + ' '}{_size(shape)}" for name, shape in r.shapes[:-1])
-        line = Line(1, r.operation, inputs, _size(r.out), r.detail, r.cost)
-        counts[line] = counts.get(line, 0) + 1
-    return [
-        Line(n, *(getattr(k, f) for f in ("operation", "input", "output", "detail", "cost"))) for k, n in counts.items()
-    ]
-
-
-def _size(shape: Sequence[int]) -> str:
-    _, c, h, w = shape
-    return f"{c}x{h}x{w}"
+    config = UNetConfig(**p.model, sample_size=p.image_size)
+    return records(config, step_table(Schedule(**p.schedule)), batch, dtype, form)
 
 
 @dataclass(frozen=True)
@@ -110,52 +52,26 @@ class Summary:
 
 
 def summarize(records: Sequence[Record], batch: int, steps: int = 1000) -> Summary:
-    """Totals of a step at the H100's roofs. 1x1 products (attention's) count as convolution: the same kernel."""
-    seconds = [r.cost.seconds(H100_FLOPS_PER_S, H100_BYTES_PER_S) for r in records]
-    convolution = sum(s for s, r in zip(seconds, records) if r.operation in CONVOLUTIONS)
-    cost = total([r.cost for r in records])
+    """Totals of a step at the H100's roofs."""
+    t = totals(records, H100)
     return Summary(
-        launches=cost.launches,
-        gflop=cost.flops / 1e9,
-        megabytes=cost.bytes / 1e6,
-        time_ms=sum(seconds) * 1e3,
-        convolution_share=convolution / sum(seconds),
-        images_per_s=batch / (sum(seconds) * steps),
+        launches=t.launches,
+        gflop=t.flops / 1e9,
+        megabytes=t.bytes / 1e6,
+        time_ms=t.seconds * 1e3,
+        convolution_share=t.convolution_share,
+        images_per_s=batch / (t.seconds * steps),
         steps=steps,
     )
-
-
-def rows(lines: Sequence[Line], whole_us: float) -> list[tuple[str, ...]]:
-    """The cells of the table; all but the first two times are of one launch."""
-    return [
-        (
-            str(line.count),
-            line.operation,
-            line.input,
-            line.output,
-            line.detail,
-            f"{line.cost.flops / 1e9:.1f}",
-            f"{line.cost.bytes / 1e6:.1f}",
-            f"{line.time_us:.1f}",
-            line.bound,
-            f"{line.count * line.time_us:.1f}",
-            f"{100 * line.count * line.time_us / whole_us:.1f}%",
-        )
-        for line in lines
-    ]
-
-
-HEADER = ("n", "operation", "in (C x H x W)", "out", "with", "GFLOP", "MB", "us", "roof", "n x us", "share")
 
 
 def render(table: Sequence[Sequence[str]], markdown: bool) -> str:
     """Aligned text, or a Markdown table."""
     full = [HEADER, *table]
-    if markdown:
-        body = ["| " + " | ".join(row) + " |" for row in full]
-        return "\n".join([body[0], "|---" * len(HEADER) + "|", *body[1:]])
-    widths = [max(len(row[i]) for row in full) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in full)
+    if not markdown:
+        return aligned(full)
+    body = ["| " + " | ".join(row) + " |" for row in full]
+    return "\n".join([body[0], "|---" * len(HEADER) + "|", *body[1:]])
 
 
 def describe(model: str, batch: int | None, markdown: bool) -> str:
@@ -188,7 +104,7 @@ def describe(model: str, batch: int | None, markdown: bool) -> str:
             if markdown
             else "  ".join(c.ljust(w) for c, w in zip(cells, (5, 8, 8, 8, 6, 8, 5)))
         )
-    return "\n".join([*lines, "", render(rows(group(fused), 1e3 * s.time_ms), markdown)])
+    return "\n".join([*lines, "", render(rows(group(fused), H100, 1e-3 * s.time_ms), markdown)])
 
 
 def as_json(model: str, batch: int | None) -> dict[str, object]:

@@ -148,8 +148,9 @@ def accelerate(
     ops and graph are those of `Sampler`. Raises ValueError for a pipeline that is not a DDPMPipeline's parts: a
     UNet2DModel, compiled or not, and a DDPMScheduler.
     """
-    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    unet: Any = getattr(pipeline, "unet", None)
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+    scheduler: Any = getattr(pipeline, "scheduler", None)
     if not hasattr(unet, "config") or not hasattr(scheduler, "config"):
         raise ValueError(f"accelerate takes a diffusers DDPMPipeline; got {type(pipeline).__name__}")
     kind = type(scheduler).__name__

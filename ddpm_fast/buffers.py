@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes: more than any vector load or descriptor asks
-MOST_PARTS = 4
+MOST_PARTS = 3  # two launches more each
 LEAST_PIXELS = 4096  # of a part; below, its convolution leaves a large GPU idle
 WORTH = 0.98  # a split must bring the arena below this share of what it was
 

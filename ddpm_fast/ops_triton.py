@@ -52,6 +52,7 @@ class Postponed:
     shape: torch.Size
     parts: int
     run: Callable[[Mapping[str, Any], Tensor], Tensor]
+    memory: Memory
     stats: None = None
 
     @property
@@ -61,8 +62,7 @@ class Postponed:
     @property
     def data(self) -> Tensor:
         """The whole result after all, for whoever cannot take it in parts."""
-        whole = torch.empty(self.shape, dtype=self.dtype, device=self.arguments["x"].device)
-        return self.run(self.arguments, _channels_last(whole))
+        return self.run(self.arguments, self.memory.map(self.shape, self.dtype, self.arguments["x"].device))
 
 
 def build(memory: Memory | None = None) -> Ops:
@@ -161,7 +161,7 @@ def _norm_act(kernel: Callable[..., Tensor], memory: Memory) -> Callable[..., Fe
         shape = torch.Size((n, channels + (0 if skip is None else skip.shape[1]), h, w))
         parts = memory.parts(shape)
         if parts > 1:
-            return Postponed(a, shape, parts, run)
+            return Postponed(a, shape, parts, run, memory)
         return FeatureMap(run(a, memory.map(shape, x.dtype, x.data.device)))
 
     return norm_act

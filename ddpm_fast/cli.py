@@ -212,3 +212,7 @@ def main() -> None:
 def _fail(message: str) -> None:
     print("ddpm-fast: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+# Its commands register themselves, in the app above.
+from . import cli_engine  # noqa: E402, F401

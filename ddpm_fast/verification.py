@@ -1,0 +1,309 @@
+"""Is it right here? A set of operations and a dtype, held to a float64 reference on the same noise.
+
+The house rule: err(ours) <= 2 * err(torch in the same dtype) + floor, for the largest error and the RMS one,
+each scaled by max(rms(truth), |truth|). It judges single steps from the reference's own x_t, where errors do not
+compound; how far a whole chain drifts is told beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoint
+from .engine import StepProgram
+from .kernels.reference import INITIAL_STEP, philox_normal, sampler_step
+from .ops import Ops
+from .sampler import Sampler
+from .unet import UNet
+
+# Eight steps of float32: what two right orders of the same float32 sum may differ by.
+FLOOR = 2.0**-20
+
+
+class Error(NamedTuple):
+    """Of one tensor: scaled as the house rule has it."""
+
+    largest: float
+    rms: float
+    psnr: float  # dB over the truth's own span, or that of images; infinite for equality
+
+
+def error(got: Tensor, truth: Tensor, span: float | None = None) -> Error:
+    """The scaled error of ``got`` [...] against the float64 ``truth`` [...]. Anything not finite counts as infinite."""
+    truth = truth.double()
+    off = (got.to(truth.device).double() - truth).abs().nan_to_num(nan=math.inf)
+    scale = truth.abs().clamp_min(truth.square().mean().sqrt()).clamp_min(1e-30)
+    scaled = off / scale
+    span = float(truth.max() - truth.min()) if span is None else span
+    mse = float(off.square().mean())
+    psnr = math.inf if mse == 0 else -math.inf if mse == math.inf or span == 0 else 10 * math.log10(span**2 / mse)
+    return Error(float(scaled.max()), float(scaled.square().mean().sqrt()), psnr)
+
+
+def within(ours: Error, theirs: Error, floor: float = FLOOR) -> bool:
+    """The house rule, where ``theirs`` is the error of torch in the same dtype."""
+    return ours.largest <= 2 * theirs.largest + floor and ours.rms <= 2 * theirs.rms + floor
+
+
+def _worst(errors: Iterable[Error]) -> Error:
+    largest, rms, psnr = zip(*errors)
+    return Error(max(largest), max(rms), min(psnr))
+
+
+class Pair(NamedTuple):
+    """One result against the truth: ours, and torch's in the same dtype."""
+
+    ours: Error
+    torch: Error
+
+    @property
+    def ok(self) -> bool:
+        return within(self.ours, self.torch)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One step of the chain, from the reference's x_t."""
+
+    step: int
+    timestep: int
+    output: Pair  # of the network
+    x: Pair  # x_{t-1}
+
+    @property
+    def ok(self) -> bool:
+        return self.output.ok and self.x.ok
+
+
+@dataclass(frozen=True)
+class Report:
+    source: str
+    ops: str
+    dtype: str
+    device: str
+    n: int
+    steps: int
+    probes: tuple[Probe, ...]
+    final: Pair  # images at the end of a chain of each one's own; PSNR over [-1, 1]; not judged
+    exact: dict[str, bool]  # what must be equal bit for bit, where it was looked at
+
+    @property
+    def ok(self) -> bool:
+        finite = math.isfinite(self.final.ours.largest)
+        return finite and all(p.ok for p in self.probes) and all(self.exact.values())
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready; an infinite number is null."""
+        probes = [{**_plain(asdict(p)), "ok": p.ok} for p in self.probes]
+        return {
+            "ok": self.ok,
+            **{k: getattr(self, k) for k in ("source", "ops", "dtype", "device", "n", "steps", "exact")},
+            "floor": FLOOR,
+            "probes": probes,
+            "final": _plain(self.final),
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def verify(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    ops: str | Ops = "auto",
+    device: torch.device | str = "cpu",
+    n: int = 4,  # images
+    seed: int = 0,
+    label: int | None = None,  # class of all images; None: they differ, where the model has classes
+    steps: int | None = 20,  # of the chain; None: all
+    probes: int | None = 8,  # steps of it that are judged; None: all
+) -> Report:
+    """Run a chain three ways: in float64, in torch as it is in ``dtype``, and by `Sampler`'s own steps.
+
+    On a GPU also: graph against eager, and for the fused set a batch of n against n of one. ValueError for what
+    does not fit together.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}")
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be at least 1; got {probes}")
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"verify needs float64, on cpu or cuda; got {device}")
+    model, schedule = checkpoint.model, checkpoint.schedule
+    if steps is not None:
+        steps = min(steps, schedule.num_train_timesteps)
+    options: dict[str, Any] = {"steps": steps, "dtype": dtype, "device": device, "ops": ops}
+    with _full_float32():
+        sampler = Sampler(model, schedule, batch_size=n, graph="none", **options)
+        labels = _labels(model, n, label, device)
+        chains = _Chains(model, sampler, n, seed, labels)
+        judged, final = chains.run(_spread(len(sampler.table), probes))
+        exact = {}
+        if device.type == "cuda":
+            graph = Sampler(model, schedule, batch_size=n, **options)
+            exact["graph equals eager"] = torch.equal(graph.sample(n, seed, labels), chains.ours)
+            if sampler.ops.initial_noise is not None:
+                exact[f"a batch of {n} equals {n} of 1"] = same_in_any_batch(sampler, n, seed, labels)
+    return Report(
+        source=checkpoint.source,
+        ops=sampler.ops.name,
+        dtype=str(dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        n=n,
+        steps=len(sampler.table),
+        probes=tuple(judged),
+        final=final,
+        exact=exact,
+    )
+
+
+def same_in_any_batch(sampler: Sampler, n: int, seed: int = 0, labels: Tensor | None = None) -> bool:
+    """Whether each of n images has the same bits drawn alone."""
+    together = sampler.sample(n, seed, labels)
+    return all(
+        torch.equal(together[i : i + 1], sampler.sample(1, seed, None if labels is None else labels[i : i + 1], i))
+        for i in range(n)
+    )
+
+
+class _Chains:
+    """The three ways of taking one step."""
+
+    def __init__(self, model: UNet, sampler: Sampler, n: int, seed: int, labels: Tensor | None):
+        self.sampler, self.n, self.seed, self.labels = sampler, n, seed, labels
+        self.table, self.device = sampler.table, sampler.device
+        self.truth = copy.deepcopy(model).to(self.device, torch.float64).eval()
+        self.plain = copy.deepcopy(model).to(self.device, sampler.dtype).eval()
+        self.channels_last = copy.deepcopy(self.plain).to(memory_format=torch.channels_last)
+        assert isinstance(sampler.model, UNet)
+        self.program = StepProgram(sampler.model, sampler.table, n, sampler.image_shape)
+        self.ids = torch.arange(n, device=self.device)
+        self.times = self.table.times()
+
+    @torch.inference_mode()
+    def run(self, judged: list[int]) -> tuple[list[Probe], Pair]:
+        x = self.noise(INITIAL_STEP)
+        theirs, probes = x, []
+        for i in range(len(self.table)):
+            out = self.network(self.truth, i, x)
+            after = self.step(i, x, out)
+            if i in judged:
+                probes.append(self.probe(i, x, out, after))
+            # Kept in float32 between steps, as by every chain here.
+            x = after.float()
+            theirs = self.step(i, theirs, self.network(self.plain, i, theirs))
+        self.ours = self.sampler.sample(self.n, self.seed, self.labels)
+        return probes, Pair(error(self.ours, after, 2.0), error(theirs, after, 2.0))
+
+    def probe(self, i: int, x: Tensor, out: Tensor, after: Tensor) -> Probe:
+        # In both memory layouts, whose sums torch orders differently: the worse is what the dtype can do.
+        same = [self.network(m, i, x) for m in (self.plain, self.channels_last)]
+        mine, my_x = self.own_step(i, x)
+        return Probe(
+            i,
+            self.table.timesteps[i],
+            Pair(error(mine, out), _worst(error(y, out) for y in same)),
+            Pair(error(my_x, after), _worst(error(self.step(i, x, y), after) for y in same)),
+        )
+
+    def own_step(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and x_{t-1} of the program that `Sampler` runs."""
+        program, ops = self.program, self.program.ops
+        program.begin(self.seed, self.ids, self.labels, x)
+        program.counter[0] = i
+        low = program.x.to(self.sampler.dtype) if program.low is None else program.low
+        out = program.prepared.run(low, program.time.now(ops), ops).clone()
+        program.step()
+        return out, program.x.clone()
+
+    def noise(self, step: int) -> Tensor:
+        return philox_normal(
+            torch.tensor([self.seed], device=self.device),
+            self.ids,
+            torch.tensor([step], device=self.device),
+            self.sampler.image_shape,
+        )
+
+    def network(self, model: UNet, i: int, x: Tensor) -> Tensor:
+        wide = model.dtype == torch.float64
+        t = self.times[i].double() if wide else self.times[i]
+        layout = torch.channels_last if model is self.channels_last else torch.contiguous_format
+        return model(x.to(model.dtype, memory_format=layout), t, self.labels)
+
+    def step(self, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """x_{t-1}: in float64 of a float64 output, else in float32 as the samplers do."""
+        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        return sampler_step(
+            x.to(wide),
+            out,
+            self.table.rows.to(self.device, wide),
+            torch.tensor([i, 0], dtype=torch.int32, device=self.device),
+            torch.tensor([self.seed], device=self.device),
+            self.ids,
+            variance=self.table.variance,
+            noise=self.noise(i),
+            thresholding=self.table.thresholding,
+        )
+
+
+def _spread(total: int, wanted: int | None) -> list[int]:
+    """``wanted`` of ``total`` steps, first and last among them."""
+    count = total if wanted is None else min(wanted, total)
+    return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)} | {total - 1})
+
+
+def _labels(model: UNet, n: int, label: int | None, device: torch.device) -> Tensor | None:
+    if model.class_embedding is None:
+        if label is not None:
+            raise ValueError("this model has no classes, so it takes no label")
+        return None
+    if model.config.class_embed_type == "identity":
+        raise ValueError("verify has no labels for a model that takes class embeddings themselves")
+    classes = model.config.num_class_embeds or model.config.num_train_timesteps or 1000
+    return torch.arange(n, device=device) % classes if label is None else torch.full((n,), label, device=device)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32: torch's float32 on a GPU would be far from float32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def report_text(r: Report) -> str:
+    """The report for a person."""
+    lines = [
+        f"{r.source}: {r.ops} in {r.dtype} on {r.device}, {r.n} image{'s' * (r.n != 1)}, {r.steps} steps",
+        f"error against float64, over max(rms, |truth|); allowed: twice torch's in {r.dtype}, plus {FLOOR:.1e}",
+        "",
+        f"{'':>14}  {'network output':^42}  {'x after the step':^42}",
+        f"{'step':>5} {'t':>8}  " + "  ".join(["largest (torch)     RMS (torch)         PSNR"] * 2),
+    ]
+    for p in r.probes:
+        lines.append(f"{p.step:>5} {p.timestep:>8}  {_cells(p.output)}  {_cells(p.x)}{'' if p.ok else '  TOO LARGE'}")
+    lines += ["", f"final images   {_cells(r.final)}  free-running, over 2 for PSNR; not judged"]
+    lines += [f"{what:<40} {'yes, bit for bit' if holds else 'NO'}" for what, holds in r.exact.items()]
+    return "\n".join([*lines, "", "within the house rule" if r.ok else "NOT within the house rule"])
+
+
+def _cells(p: Pair) -> str:
+    pairs = (f"{a:.2e} ({b:.2e})" for a, b in ((p.ours.largest, p.torch.largest), (p.ours.rms, p.torch.rms)))
+    return "  ".join([*(f"{cell:<19}" for cell in pairs), f"{p.ours.psnr:5.1f}"])

@@ -39,7 +39,7 @@ class Error(NamedTuple):
 def error(got: Tensor, truth: Tensor, span: float | None = None) -> Error:
     """The scaled error of ``got`` [...] against the float64 ``truth`` [...]. Anything not finite counts as infinite."""
     truth = truth.double()
-    off = (got.to(truth.device).double() - truth).abs().nan_to_num(nan=math.inf)
+    off = (got.to(truth.device).double() - truth).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     scale = truth.abs().clamp_min(truth.square().mean().sqrt()).clamp_min(1e-30)
     scaled = off / scale
     span = float(truth.max() - truth.min()) if span is None else span
@@ -261,9 +261,9 @@ class _Chains:
 
 
 def _spread(total: int, wanted: int | None) -> list[int]:
-    """``wanted`` of ``total`` steps, first and last among them."""
+    """``wanted`` of ``total`` steps, the last among them, and of two or more the first."""
     count = total if wanted is None else min(wanted, total)
-    return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)} | {total - 1})
+    return [total - 1] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
 def _labels(model: UNet, n: int, label: int | None, device: torch.device) -> Tensor | None:

@@ -92,7 +92,7 @@ def conv_launch(
     """The tile that finishes first: rounds over the multiprocessors times the time of one round."""
     narrow = out_channels <= 16
     if dtype == torch.float32:
-        tiles = NARROW_FULL_PRECISION_TILES if narrow else FULL_PRECISION_TILES
+        tiles: tuple[Tile, ...] = NARROW_FULL_PRECISION_TILES if narrow else FULL_PRECISION_TILES
     else:
         tiles = NARROW_TILES if narrow else TILES if arch == 90 else EIGHT_WARP_TILES
     usable = [t for t in tiles if t.pixels >= part]

@@ -1,8 +1,9 @@
 """Is it right here? A set of operations and a dtype, held to a float64 reference on the same noise.
 
 The house rule: err(ours) <= 2 * err(torch in the same dtype) + floor, for the largest error and the RMS one,
-each scaled by max(rms(truth), |truth|). It judges single steps from the reference's own x_t, where errors do not
-compound; how far a whole chain drifts is told beside it.
+each scaled by max(rms(truth), |truth|). Torch's error is the larger of its two memory layouts. The rule judges
+single steps from the reference's own x_t, where errors do not compound; how far a whole chain drifts is told
+beside it.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ class _Chains:
         self.table, self.device = sampler.table, sampler.device
         self.truth = copy.deepcopy(model).to(self.device, torch.float64).eval()
         self.plain = copy.deepcopy(model).to(self.device, sampler.dtype).eval()
-        self.channels_last = copy.deepcopy(self.plain).to(memory_format=torch.channels_last)
+        self.channels_last = copy.deepcopy(self.plain)
+        torch.nn.Module.to(self.channels_last, memory_format=torch.channels_last)  # type: ignore[call-overload]
         assert isinstance(sampler.model, UNet)
         self.program = StepProgram(sampler.model, sampler.table, n, sampler.image_shape)
         self.ids = torch.arange(n, device=self.device)

@@ -238,6 +238,15 @@ def test_inexactness_fails_the_report():
     assert "NO" in report_text(replace(report, exact={"graph equals eager": False}))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the test below runs the kernels themselves")
+def test_the_fused_set_in_the_interpreter():
+    pytest.importorskip("triton")
+    report = small_verify(ops="triton", n=1, steps=2, probes=1, dtype=torch.bfloat16)
+    assert report.ops == "triton" and report.ok
+    plain = small_verify(ops="reference", n=1, steps=2, probes=1, dtype=torch.bfloat16)
+    assert report.probes[0].output.ours != plain.probes[0].output.ours  # other roundings: other operations ran
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_set_on_a_gpu(dtype: torch.dtype):

@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+
+from . import cli_engine
+from .cli_options import Device, Preset, Settings, Source, assignments, chosen_device
 
 # Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
 _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -21,17 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Denoising diffusion (DDPM), exact and fast: sample, train, inspect.",
 )
-
-Source = Annotated[
-    str | None,
-    typer.Argument(help="A folder, a weights file or a Hugging Face id. Default: the bundled model."),
-]
-Preset = Annotated[str | None, typer.Option(help="Settings for weights that come without a config.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting by its name. Repeat for more."),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
 
 
 @app.command()
@@ -70,8 +61,8 @@ def sample(
     for path in (out, film):
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)
-    where = _device(device)
-    checkpoint = load(source, preset, _assignments(settings))
+    where = chosen_device(device)
+    checkpoint = load(source, preset, assignments(settings))
     sampler = Sampler(
         checkpoint.model,
         checkpoint.schedule,
@@ -106,7 +97,9 @@ def train(
     ] = "",
     out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run in it goes on.")] = Path("runs/ddpm"),
     preset: Annotated[str, typer.Option(help="tiny, cifar10 or lsun256.")] = "tiny",
-    image_size: Annotated[int | None, typer.Option(help="Scale and crop images to this many pixels. Default: the preset's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Scale and crop images to this many pixels. Default: the preset's.")
+    ] = None,
     label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.0,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Ignore the data's labels.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
@@ -124,8 +117,8 @@ def train(
         label_dropout=label_dropout,
         unconditional=unconditional,
         strict=strict,
-        device=_device(device),
-        overrides=_assignments(settings),
+        device=chosen_device(device),
+        overrides=assignments(settings),
     )
     if not finished:
         print(f"stopped; the same command goes on from the last state in {out / 'state'}", file=sys.stderr)
@@ -146,7 +139,7 @@ def inspect(
 
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
-    facts = describe(load(source, preset, _assignments(settings)), batch_size)
+    facts = describe(load(source, preset, assignments(settings)), batch_size)
     print(json.dumps(facts, indent=2) if as_json else describe_text(facts))
 
 
@@ -159,34 +152,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     print(json.dumps(facts, indent=2) if as_json else diagnose_text(facts))
 
 
-def _assignments(settings: list[str] | None) -> dict[str, Any]:
-    """["norm_eps=1e-6", ...] -> {"norm_eps": 1e-6, ...}; values are JSON, or else plain text."""
-    values: dict[str, Any] = {}
-    for setting in settings or []:
-        name, equals, text = setting.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set takes NAME=VALUE; got {setting!r}")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = {"None": None, "True": True, "False": False}.get(text, text)
-    return values
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; see ddpm-fast doctor"
-        )
-    return device
+for command in (cli_engine.verify, cli_engine.plan):
+    app.command()(command)
 
 
 def main() -> None:
@@ -212,7 +179,3 @@ def main() -> None:
 def _fail(message: str) -> None:
     print("ddpm-fast: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
-
-
-# Its commands register themselves, in the app above.
-from . import cli_engine  # noqa: E402, F401

@@ -1,4 +1,4 @@
-"""The commands around the engine: `verify` and `plan`. They register themselves in cli.py's app."""
+"""The commands around the engine: `verify` and `plan`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .cli import Device, Preset, Settings, Source, _assignments, _device, app
+from .cli_options import Device, Preset, Settings, Source, assignments, chosen_device
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
-@app.command()
 def verify(
     source: Source = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
@@ -34,9 +33,9 @@ def verify(
     from .checkpoints import load
     from .verification import report_text, verify
 
-    where = _device(device)
+    where = chosen_device(device)
     report = verify(
-        load(source, preset, _assignments(settings)),
+        load(source, preset, assignments(settings)),
         dtype=_dtype(dtype),
         ops=ops,
         device=where,
@@ -51,7 +50,6 @@ def verify(
         raise SystemExit(1)
 
 
-@app.command()
 def plan(
     source: Annotated[
         str | None,
@@ -74,7 +72,7 @@ def plan(
     """Predict a step from shapes: each launch's FLOPs, bytes and time at a GPU's roofs; memory. Nothing runs."""
     from .planning import plan, plan_facts, plan_text
 
-    title, config, schedule = _described(source, preset_model, preset, _assignments(settings))
+    title, config, schedule = _described(source, preset_model, preset, assignments(settings))
     planned = plan(config, schedule, batch, gpu, _dtype(dtype), steps)
     if as_json:
         print(json.dumps(plan_facts(planned, title, every), indent=2))

@@ -106,14 +106,14 @@ def plan(
     target = gpu(on) if isinstance(on, str) else on
     table = step_table(schedule, steps)
     memory, parts, note = _memory(config, table, batch, dtype)
-    fused = records(config, table, batch, dtype, parts=parts)
-    eager = records(config, table, batch, dtype, form="plain")
+    step = config, table, batch, dtype
+    fused, eager = records(*step, parts=parts), records(*step, form="plain")
     notes = [note] if note else []
     notes += [f"{count} x {why}, so on torch's operations" for why, count in _fallbacks(config, table, dtype).items()]
     if parts:
-        more = sum(2 * (p - 1) for p in parts.values())
+        more = total([r.cost for r in fused]).launches - total([r.cost for r in records(*step)]).launches
         which = ", ".join(f"norm_act {number + 1} in {p}" for number, p in parts.items())
-        notes.append(f"to save memory, with what reads it, in parts of the batch: {which} (up to {more} launches more)")
+        notes.append(f"to save memory, with what reads it, in parts of the batch: {which} ({more} launches more)")
     if sum(memory.values()) > target.memory_bytes:
         notes.append(f"needs more memory than a {target.name} has")
     return Plan(

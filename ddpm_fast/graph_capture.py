@@ -132,6 +132,10 @@ def capture(program: Program, graph: str, backend: Backend) -> Captured:
 
 def _capture_form(program: Program, graph: str, backend: Backend, trial: _Trial) -> Captured:
     captured = Captured(graph, backend, _capture_step(program, backend, trial))
+    if graph == "auto" and getattr(program, "noise", None) is not None:
+        # The host writes each step's noise, so no graph of several steps would ever run.
+        captured.kind = "step"
+        return captured
     try:
         if graph in ("auto", "loop"):
             try:

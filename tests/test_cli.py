@@ -281,6 +281,8 @@ def test_ctrl_c_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path):
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     try:

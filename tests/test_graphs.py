@@ -193,6 +193,13 @@ def test_auto_takes_the_loop_or_quietly_chunks_and_says_why() -> None:
     assert backend.log.count("capture") == 2
 
 
+def test_auto_captures_one_step_where_the_host_writes_each_steps_noise() -> None:
+    program = Toy()
+    program.noise = torch.zeros_like(program.x)  # type: ignore[attr-defined]
+    run, backend = make(program, "auto")
+    assert (run.kind, backend.log.count("capture")) == ("step", 1)
+
+
 def test_loop_becomes_chunk_with_a_warning_where_it_cannot_be_had() -> None:
     with pytest.warns(UserWarning, match="graph='loop' becomes 'chunk': the driver is for CUDA 12.2"):
         run, _ = make(Toy(), "loop", no_loop="the driver is for CUDA 12.2")

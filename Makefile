@@ -27,8 +27,16 @@ check: lint types test  ## what CI runs
 kernels: .venv/ready  ## compile every kernel for sm_80 to sm_120 and read the machine code; needs no GPU
 	$(BIN)/python -m benchmarks.compile_kernels
 
-gpu: .venv/ready  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -n 0 -m gpu
+# On a machine without a network: make gpu RUN=python3, with what pyproject.toml names installed there.
+RUN ?= $(BIN)/python
+SANITIZED := tests/test_sampler_step_kernel.py tests/test_norm_act_kernel.py tests/test_conv_kernel.py tests/test_conv_step.py
+gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## with a CUDA device: its tests, the sanitizer, the engine's speed
+	$(RUN) -m pytest -n 0 -m gpu
+	@if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m pytest -n 0 -m gpu -x -q $(SANITIZED) || exit 1; \
+	done; else echo "compute-sanitizer is not installed: memcheck and racecheck were NOT run"; fi
+	$(RUN) -m benchmarks.engine --out benchmarks/results
+	$(RUN) -m benchmarks.engine --dtype float32 --no-compiled --batch 16 --out benchmarks/results
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,6 +10,8 @@ from typing import Any
 from .kernels.reference import ACTIVATIONS
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+# Fields that upstream does not have. At their defaults they are left out of `to_dict`.
+EXTENSIONS = ("num_attention_heads", "time_proj_channels")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 NOT_SUPPORTED_YET = ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
 
@@ -52,6 +54,8 @@ class UNetConfig:
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None  # rows of a learned time embedding
+    num_attention_heads: int | None = None  # so many at every width, in place of attention_head_dim; not upstream's
+    time_proj_channels: int | None = None  # of the sinusoid; None: block_out_channels[0]; not upstream's
 
     def __post_init__(self) -> None:
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
@@ -76,8 +80,12 @@ class UNetConfig:
         return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, in diffusers' field names."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """JSON-ready, in diffusers' field names; what is not diffusers' only where it is not at its default."""
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in EXTENSIONS or getattr(self, f.name) != f.default
+        }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
@@ -97,6 +105,8 @@ class UNetConfig:
         return (self.sample_size, self.sample_size)
 
     def head_dim(self, channels: int) -> int:
+        if self.num_attention_heads is not None:
+            return channels // self.num_attention_heads
         return channels if self.attention_head_dim is None else self.attention_head_dim
 
 
@@ -119,6 +129,8 @@ def _check_numbers(c: UNetConfig) -> None:
         "attn_norm_num_groups",
         "num_class_embeds",
         "num_train_timesteps",
+        "num_attention_heads",
+        "time_proj_channels",
     ):
         value = getattr(c, name)
         if value is not None and (not _is_int(value) or value < 1):
@@ -181,6 +193,8 @@ def _check_channels(c: UNetConfig) -> None:
     if c.mid_block_type is not None and c.add_attention:
         attended.add(c.block_out_channels[-1])
     for channels in sorted(attended):
+        if c.num_attention_heads is not None and channels % c.num_attention_heads:
+            raise _wrong("num_attention_heads", c.num_attention_heads, f"a divisor of the {channels} channels")
         if c.head_dim(channels) > channels:
             raise _wrong("attention_head_dim", c.attention_head_dim, f"at most the {channels} channels it divides")
     if c.attn_norm_num_groups is not None and c.block_out_channels[-1] % c.attn_norm_num_groups:

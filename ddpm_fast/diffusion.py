@@ -46,7 +46,7 @@ def p_mean(schedule: Schedule, x: Tensor, t: int, epsilon: Tensor) -> Tensor:
 
 
 def training_loss(
-    model: Callable[..., Tensor],  # (x_t, t[, labels]) -> [N, C or 2C, H, W]
+    model: Callable[..., Any],  # (x_t, t[, labels]) -> [N, C or 2C, H, W]
     schedule: Schedule,
     x0: Tensor,  # [N, C, H, W] in [-1, 1]
     t: Tensor | None = None,  # [N]; None: uniform over all timesteps
@@ -64,7 +64,8 @@ def training_loss(
     if noise is None:
         noise = torch.empty_like(x0).normal_(generator=generator)
     x = schedule.add_noise(x0, noise, t)
-    out = model(x, t) if labels is None else model(x, t, labels)
+    time = schedule.network_time(t)
+    out = model(x, time) if labels is None else model(x, time, labels)
     return F.mse_loss(out[:, : x0.shape[1]].to(x0.dtype), schedule.target(x0, noise, t))
 
 
@@ -81,7 +82,7 @@ def training_step(
 
 @torch.no_grad()
 def sample(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Callable[..., Tensor],
     schedule: Schedule,
     shape: tuple[int, int, int, int],  # [N, C, H, W]
     generator: torch.Generator | None = None,
@@ -92,7 +93,7 @@ def sample(
     chain = schedule.timesteps() if timesteps is None else timesteps
     x = torch.randn(shape, generator=generator, device=device)
     for t, prev_t in zip(chain, chain[1:] + [-1]):
-        out = model(x, torch.full((shape[0],), t, device=x.device))
+        out = model(x, schedule.network_time(torch.full((shape[0],), t, device=x.device)))
         z = torch.randn(shape, generator=generator, device=device) if t > 0 else None
         x = schedule.step(out, t, x, z, prev_t)
     return x

@@ -35,7 +35,7 @@ class Sampler:
     batch_size: images drawn together. steps: how many timesteps (by the schedule's spacing); which ones,
     descending; or text, OpenAI's rule ("250", "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et
     al. 2020, Algorithm 2) or "ddim" (Song et al. 2021) with its eta. time_scale: the model is given
-    time_scale * t (OpenAI's rescale_timesteps: 1000 / T). guidance_scale: classifier-free guidance for a `UNet`
+    time_scale * t; None: the schedule's. guidance_scale: classifier-free guidance for a `UNet`
     trained with label dropout, whose last class stands for none.
     dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
     a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'
@@ -61,7 +61,7 @@ class Sampler:
         noise: str | torch.Generator | Sequence[torch.Generator] = "philox",
         image_shape: tuple[int, int, int] | None = None,
         guidance_scale: float | None = None,
-        time_scale: float = 1.0,
+        time_scale: float | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}")
@@ -222,8 +222,13 @@ class Sampler:
         return labels
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Images [n, C, H, W] in [-1, 1] -> [n, H, W, C] uint8, rounded half to even as diffusers and Pillow do."""
+def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
+    """Images [n, C, H, W] in [-1, 1] -> [n, H, W, C] uint8, rounded half to even as diffusers and Pillow do.
+
+    truncate: as OpenAI's and Ho et al.'s scripts instead, (x + 1) * 127.5 without its fraction.
+    """
+    if truncate:
+        return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

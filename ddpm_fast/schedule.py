@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from .kernels.reference import threshold
+from .respacing import sections
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-SPACINGS = ("leading", "linspace", "trailing")
+SPACINGS = ("leading", "linspace", "trailing")  # upstream's
+SECTIONS = "sections"  # OpenAI's rule, `respacing.sections`
+# Fields that upstream does not have. At their defaults they are left out of `to_dict`.
+EXTENSIONS = ("time_scale", "timestep_respacing", "use_clipped_model_output")
 # With a terminal SNR of zero, epsilon says nothing of x_0 and the quotient is infinite; a small finite divisor
 # reaches the same clipped x_0 without the NaN of inf - inf.
 LEAST_SIGNAL = 1e-12
@@ -34,7 +38,8 @@ class Schedule:
     """The diffusion process. Field names, meaning and defaults are those of diffusers' ``DDPMScheduler``.
 
     One difference: upstream's fixed_large_log takes the root of a log and gives NaN; here it is what its name
-    intends, the same deviation as fixed_large. Raises ValueError: the field, what came, what is allowed.
+    intends, the same deviation as fixed_large. The last three fields are not upstream's; what OpenAI's code bases
+    do is said by them. Raises ValueError: the field, what came, what is allowed.
     """
 
     num_train_timesteps: int = 1000
@@ -52,6 +57,9 @@ class Schedule:
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     rescale_betas_zero_snr: bool = False
+    time_scale: float = 1.0  # the network is given time_scale * t (1000 / T: OpenAI's rescale_timesteps)
+    timestep_respacing: str = ""  # the chain where no other is asked for, by `respacing.sections`; "": all timesteps
+    use_clipped_model_output: bool = False  # DDIM takes the noise from the clipped x_0, not from the network
 
     def __post_init__(self) -> None:
         if self.trained_betas is not None:
@@ -63,18 +71,19 @@ class Schedule:
             ("beta_schedule", BETA_SCHEDULES),
             ("variance_type", VARIANCE_TYPES),
             ("prediction_type", PREDICTION_TYPES),
-            ("timestep_spacing", SPACINGS),
+            ("timestep_spacing", (*SPACINGS, SECTIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise _wrong(name, getattr(self, name), "one of " + ", ".join(allowed))
-        for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_clipped_model_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "true or false")
         for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise _wrong(name, value, f"an integer of at least {least}")
-        for name in ("beta_start", "beta_end", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
+        positive = ("beta_start", "beta_end", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio")
+        for name in (*positive, "time_scale"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise _wrong(name, value, "a positive number")
@@ -82,6 +91,10 @@ class Schedule:
             raise _wrong("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, "in (0, 1]")
         if max(self.beta_start, self.beta_end) >= 1:
             raise _wrong("beta_end", self.beta_end, "below 1")
+        if not isinstance(self.timestep_respacing, str):
+            raise _wrong("timestep_respacing", self.timestep_respacing, 'text, like "250" or "ddim50"')
+        if self.timestep_respacing:
+            sections(self.timestep_respacing, self.num_train_timesteps)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
@@ -93,8 +106,12 @@ class Schedule:
         return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, in diffusers' field names."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """JSON-ready, in diffusers' field names; what is not diffusers' only where it is not at its default."""
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in EXTENSIONS or getattr(self, f.name) != f.default
+        }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     # --- tables, float64, [T] on the CPU ---
@@ -121,6 +138,12 @@ class Schedule:
             raise ValueError(f"t must be in 0..{self.num_train_timesteps - 1}; got {t}")
         prev_t = t - 1 if prev_t is None else prev_t
         return float(self.alphas_cumprod[t]), float(self.alphas_cumprod[prev_t]) if prev_t >= 0 else 1.0
+
+    def network_time(self, t: int | Tensor) -> int | float | Tensor:
+        """What the network is given for timestep t: t itself, or time_scale * t in float32."""
+        if self.time_scale == 1:
+            return t
+        return self.time_scale * (t.to(torch.float32) if isinstance(t, Tensor) else t)
 
     # --- the forward process ---
 
@@ -231,6 +254,8 @@ class Schedule:
         steps = total if steps is None else steps
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be between 1 and num_train_timesteps={total}; got {steps}")
+        if self.timestep_spacing == SECTIONS:
+            return sections(str(steps), total)
         if self.timestep_spacing == "linspace":
             return [int(t) for t in np.linspace(0, total - 1, steps).round()[::-1]]
         if self.timestep_spacing == "trailing":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
+from .respacing import sections
 from .schedule import LEAST_SIGNAL, Schedule
 
 METHODS = ("ddpm", "ddim")
@@ -47,11 +48,12 @@ def step_table(
     steps: int | str | Sequence[int] | None = None,  # how many (by timestep_spacing), which, or `sections`; None: all
     method: str = "ddpm",
     eta: float = 0.0,  # of DDIM: 0 deterministic, 1 the posterior deviation
-    time_scale: float = 1.0,  # the network is given time_scale * t (1000 / T for OpenAI's rescale_timesteps)
+    time_scale: float | None = None,  # the network is given time_scale * t; None: the schedule's
 ) -> StepTable:
     """The table of DDPM (Ho et al. 2020, Algorithm 2) or DDIM (Song et al. 2021, equation 12).
 
-    DDIM keeps the network's own noise estimate beside a clipped x_0, as diffusers' DDIMScheduler does.
+    DDIM keeps the network's own noise estimate beside a clipped x_0, as diffusers' DDIMScheduler does, or takes it
+    from the clipped x_0, as OpenAI's does, where the schedule has use_clipped_model_output.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -59,6 +61,10 @@ def step_table(
         raise ValueError(f"eta must be in [0, 1]; got {eta}")
     if method == "ddpm" and eta:
         raise ValueError(f"eta belongs to method='ddim'; got eta={eta} with method='ddpm'")
+    if time_scale is None:
+        time_scale = schedule.time_scale
+    if steps is None and schedule.timestep_respacing:
+        steps = schedule.timestep_respacing
     if steps is None or isinstance(steps, int):
         chain = schedule.timesteps(steps)
     elif isinstance(steps, str):
@@ -79,41 +85,6 @@ def step_table(
     # DDIM's deviation is eta's; what a learned-variance network says of it is not read.
     variance = schedule.learned if method == "ddpm" else "fixed"
     return StepTable(rows, tuple(chain), variance, limit, learned=schedule.learned != "fixed")
-
-
-def sections(rule: str, total: int) -> list[int]:
-    """OpenAI's respacing rule: timesteps of a chain of ``total``, descending.
-
-    "10,15,20" cuts the chain into three sections of (nearly) one length and takes so many steps of each, first
-    and last included, evenly spaced, rounded half to even; "250" is one section. "ddimN" takes every k-th
-    timestep for the whole k that gives N of them. Improved and guided-diffusion's ``timestep_respacing``.
-    """
-    if rule.startswith("ddim"):
-        wanted = _count(rule, rule[len("ddim") :])
-        strides = [k for k in range(1, total) if len(range(0, total, k)) == wanted]
-        if not strides:
-            raise ValueError(f"steps={rule!r}: no whole stride takes {wanted} of {total} timesteps; choose another")
-        return list(range(0, total, strides[0]))[::-1]
-    counts = [_count(rule, part) for part in rule.split(",")]
-    chain: list[int] = []
-    start = 0
-    for i, count in enumerate(counts):
-        size = total // len(counts) + (i < total % len(counts))
-        if count > size:
-            raise ValueError(f"steps={rule!r}: section {i} has {size} timesteps, fewer than {count}; ask for fewer")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        place = 0.0  # added up, not multiplied: upstream's rounding depends on it
-        for _ in range(count):
-            chain.append(start + round(place))
-            place += stride
-        start += size
-    return chain[::-1]
-
-
-def _count(rule: str, text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(f'steps as text must be like "250", "10,15,20" or "ddim50"; got {rule!r}')
-    return int(text)
 
 
 def _x0_from_output(schedule: Schedule, t: int) -> tuple[float, float]:
@@ -147,6 +118,10 @@ def _ddim_row(schedule: Schedule, row: Tensor, t: int, prev_t: int, eta: float) 
     sigma = eta * math.sqrt(schedule.posterior(t, prev_t)[2])
     along = math.sqrt(max(1 - a_p - sigma**2, 0))  # the factor of epsilon = ex x + eo out
     row[C0], row[SIGMA] = math.sqrt(a_p), sigma
+    if schedule.use_clipped_model_output:  # epsilon = (x - sqrt(a_t) x0) / sqrt(1 - a_t)
+        row[CX] = along / math.sqrt(1 - a_t)
+        row[C0] -= math.sqrt(a_t) * row[CX]
+        return
     if schedule.prediction_type == "epsilon":
         ex, eo = 0.0, 1.0
     elif schedule.prediction_type == "v_prediction":

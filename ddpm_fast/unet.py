@@ -253,7 +253,7 @@ class UNet(nn.Module):
         c = self.config = config
         widths = c.block_out_channels
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        time_channels = widths[0]
+        time_channels = c.time_proj_channels or widths[0]
         if c.time_embedding_type == "fourier":
             self.time_proj: nn.Module = FourierProjection(widths[0])
             time_channels = 2 * widths[0]
@@ -341,7 +341,7 @@ class UNet(nn.Module):
     def _time_features(self, t: Tensor) -> Tensor:
         c = self.config
         if c.time_embedding_type == "positional":
-            features = sinusoid(t, c.block_out_channels[0], c.freq_shift, c.flip_sin_to_cos)
+            features = sinusoid(t, c.time_proj_channels or c.block_out_channels[0], c.freq_shift, c.flip_sin_to_cos)
         else:
             features = cast(nn.Module, self.time_proj)(t)
         return features.to(cast(TimeEmbedding, self.time_embedding).linear_1.weight.dtype)

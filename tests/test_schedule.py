@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from models import normal
 from torch import Tensor
 
-from ddpm_fast.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, VARIANCE_TYPES, Schedule
+from ddpm_fast.schedule import BETA_SCHEDULES, EXTENSIONS, PREDICTION_TYPES, SPACINGS, VARIANCE_TYPES, Schedule
 
 TRAINED = tuple(float(b) for b in 0.001 + 0.3 * np.sin(np.linspace(0.05, 1.5, 40)) ** 2)
 BETAS: dict[str, dict[str, Any]] = {name: {"beta_schedule": name} for name in BETA_SCHEDULES}
@@ -59,7 +59,8 @@ def alphas_cumprod(schedule: str, T: int, start: float = 1e-4, end: float = 0.02
 
 def test_fields_and_defaults_are_upstream_s():
     upstream = {n: p.default for n, p in inspect.signature(DDPMScheduler.__init__).parameters.items() if n != "self"}
-    assert {f.name: f.default for f in fields(Schedule)} == upstream
+    assert {f.name: f.default for f in fields(Schedule) if f.name not in EXTENSIONS} == upstream
+    assert Schedule().to_dict().keys() == upstream.keys()
 
 
 @pytest.mark.parametrize("name", BETAS)
@@ -318,7 +319,7 @@ def test_json_round_trip():
         ({"beta_schedule": "cosine"}, "Schedule.beta_schedule must be one of linear, scaled_linear, squaredcos_cap_v2"),
         ({"variance_type": "small"}, "variance_type must be one of fixed_small, .*learned_range; got 'small'"),
         ({"prediction_type": "eps"}, "prediction_type must be one of epsilon, sample, v_prediction; got 'eps'"),
-        ({"timestep_spacing": "even"}, "timestep_spacing must be one of leading, linspace, trailing; got 'even'"),
+        ({"timestep_spacing": "even"}, "timestep_spacing must be one of leading, linspace, trailing, sections; got 'even'"),
         ({"clip_sample": 1}, "clip_sample must be true or false; got 1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer of at least 1; got 0"),
         ({"num_train_timesteps": 10.0}, "num_train_timesteps must be an integer of at least 1; got 10.0"),

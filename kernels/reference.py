@@ -207,7 +207,9 @@ def attention(
 ) -> Tensor:  # [N, D, H, W]
     """Self-attention over the H * W pixels with softmax(q k^T / sqrt(D / heads)) v (Vaswani et al. 2017)."""
     n, width, h, w = qkv.shape
-    q, k, v = qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
+    # Contiguous channels: torch's fast attention takes no other layout.
+    pixels = qkv.permute(0, 2, 3, 1).contiguous().reshape(n, h * w, 3, heads, width // 3 // heads)
+    q, k, v = pixels.permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v)  # [N, heads, H * W, D / heads]
     return y.transpose(1, 2).reshape(n, h, w, width // 3).permute(0, 3, 1, 2)
 

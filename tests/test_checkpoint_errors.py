@@ -335,10 +335,10 @@ def test_torchscript(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({"time_embed.0.weight": 0, "input_blocks.0.0.weight": 0}, "an OpenAI improved- or guided-diffusion"),
+        ({"time_embed.0.weight": 0, "input_blocks.0.0.weight": 0}, "a guided-diffusion classifier"),
         ({"time_embed.0.weight": 0, "input_blocks.1.1.transformer_blocks.0.norm": 0}, "a latent diffusion model"),
-        ({"temb.dense.0.weight": 0, "conv_in.weight": 0}, "Ho et al"),
-        ({"module.temb.dense.0.weight": 0, "module.conv_in.weight": 0}, "Ho et al"),
+        ({"temb.dense.0.weight": 0, "conv_in.weight": 0}, "is not a whole U-Net of Ho et al"),
+        ({"module.temb.dense.0.weight": 0, "module.conv_in.weight": 0}, "is not a whole U-Net of Ho et al"),
         ({"model": {"model.init_conv.weight": 0}, "ema": {"step": 0}, "step": 0}, "a lucidrains"),
         ({"init_conv.weight": 0, "downs.0.0.weight": 0}, "a lucidrains"),
         ({"model.map_layer0.weight": 0, "model.enc.32x32_conv.weight": 0}, "an EDM network"),
@@ -346,7 +346,8 @@ def test_torchscript(folder: Path) -> None:
         ({"state": {}, "param_groups": []}, "an optimizer's state"),
         ({"model": {}, "ema": {"shadow_params": []}, "step": 0}, "a Score-SDE checkpoint"),
         ({"format": 1, "step": 5, "settings": {}}, "the state of a training run"),
-        ([{"temb.dense.0.weight": 0}, {}, 0, 0, {}], "ddim's ckpt.pth"),
+        ([{"temb.dense.0.weight": 0}, {}, 0, 0, {}], "is not a whole U-Net of Ho et al"),
+        ([{"fc.weight": 0}, {}, 0, 0, {}], "a list of 5 values, not .* as ddim's ckpt.pth is"),
         ({"fc.weight": 0}, "no checkpoint of a known family; its 1 tensors are fc.weight"),
         ({"fc.weight": 0, "epoch": "x"}, "is no state dict: it has epoch"),
         ({1: 0}, "is no state dict: it has 1"),

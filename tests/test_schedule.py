@@ -319,7 +319,10 @@ def test_json_round_trip():
         ({"beta_schedule": "cosine"}, "Schedule.beta_schedule must be one of linear, scaled_linear, squaredcos_cap_v2"),
         ({"variance_type": "small"}, "variance_type must be one of fixed_small, .*learned_range; got 'small'"),
         ({"prediction_type": "eps"}, "prediction_type must be one of epsilon, sample, v_prediction; got 'eps'"),
-        ({"timestep_spacing": "even"}, "timestep_spacing must be one of leading, linspace, trailing, sections; got 'even'"),
+        (
+            {"timestep_spacing": "even"},
+            "timestep_spacing must be one of leading, linspace, trailing, sections; got 'even'",
+        ),
         ({"clip_sample": 1}, "clip_sample must be true or false; got 1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer of at least 1; got 0"),
         ({"num_train_timesteps": 10.0}, "num_train_timesteps must be an integer of at least 1; got 10.0"),

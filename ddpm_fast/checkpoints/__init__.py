@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import diffusers
+from . import diffusers, ho, openai
 from .diffusers import save
 from .family import Checkpoint, Family, Found
 from .files import CheckpointError, first_line, listing, read_weights
@@ -46,12 +46,12 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "OpenAI",
         lambda names: "time_embed.0.weight" in names and _has("input_blocks.")(names),
-        refusal="an OpenAI improved- or guided-diffusion checkpoint, which is not supported yet",
+        openai.load,
     ),
     Family(
         "Ho et al.",
         lambda names: "temb.dense.0.weight" in names,
-        refusal="a checkpoint of Ho et al.'s U-Net (pytorch_diffusion or ddim), which is not supported yet",
+        ho.load,
     ),
     Family(
         "lucidrains",
@@ -75,8 +75,10 @@ def load(
 
     source: None for the bundled model; a folder in the diffusers layout, a weights file, or a hub id
         ("google/ddpm-cifar10-32", with "@revision" at will).
-    preset: settings for weights without a configuration: "google" or "diffusers-default".
-    overrides: fields of UNetConfig or Schedule that win over all else.
+    preset: settings for weights without a configuration: "google" or "diffusers-default"; a file released by OpenAI
+        ("256x256_diffusion") or its code's defaults ("guided-diffusion"); a model of Ho et al. ("cifar10").
+    overrides: settings that win over all else, in the family's own words: fields of UNetConfig or Schedule; for an
+        OpenAI checkpoint the flags of its scripts (num_heads, diffusion_steps, noise_schedule, ...).
 
     The model is in eval mode, float32, on the CPU; the checkpoint's notes say what was inferred or assumed.
     Raises CheckpointError, a ValueError of one line.
@@ -85,7 +87,7 @@ def load(
     name = os.fspath(source)
     try:
         layout = locate(_resolve(source))
-        tensors = unwrap(read_weights(layout.weights), layout.weights)
+        tensors = unwrap(read_weights(layout.weights), layout.weights, layout.notes)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {first_line(error)}") from None
     found = Found(
@@ -119,13 +121,16 @@ def detect(found: Found) -> Family:
     )
 
 
-def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+def unwrap(content: Any, path: Path, notes: list[str] | None = None) -> dict[str, Tensor]:
     """The state dict in what a weights file holds; prefixes that wrappers leave on every name are stripped.
 
+    notes: gets what was chosen where the file holds more than one.
     Raises CheckpointError that says what the file is, where it is something else.
     """
     if isinstance(content, list):
-        raise CheckpointError(f"{path} is a list, as ddim's ckpt.pth is (Ho et al.'s U-Net): not supported yet")
+        content, chosen = ho.averaged(content, path)
+        if notes is not None:
+            notes.append(chosen)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     if "param_groups" in content:

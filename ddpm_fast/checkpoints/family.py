@@ -72,7 +72,7 @@ def fit(model: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> list[s
     """
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     _check_match(found, expected, tensors)
-    _check_storage(found, tensors)
+    check_storage(found, tensors)
     state, dtypes = {}, set()
     for name, tensor in tensors.items():
         # a copy, so that the model does not hang on a mapped file that may change
@@ -102,7 +102,7 @@ def _check_match(found: Found, expected: Mapping[str, tuple[int, ...]], tensors:
         raise CheckpointError(f"{found.weights} does not fit its configuration: {'; '.join(problems)}")
 
 
-def _check_storage(found: Found, tensors: Mapping[str, Tensor]) -> None:
+def check_storage(found: Found, tensors: Mapping[str, Tensor]) -> None:
     """That these are plain dense numbers which the file really holds: a few bytes can claim terabytes by stride 0."""
     storages: dict[int, int] = {}
     claimed = 0

@@ -126,7 +126,7 @@ def test_settings_follow_from_the_architecture(tmp_path: Path, monkeypatch: pyte
     """A file whose architecture is that of a release needs no preset. The release is made narrow for the test."""
     name = "cifar10_uncond_50M_500K"
     net = replace(FULL[name][0], ch=32)
-    monkeypatch.setattr("ddpm_fast.checkpoints.openai_presets.RELEASES", {name: {**RELEASES[name], "num_channels": 32}})
+    monkeypatch.setitem(RELEASES, name, {**RELEASES[name], "num_channels": 32})
     path, sd = stored(tmp_path, net)
     checkpoint = load(path)
     assert error(checkpoint, net, sd, 16) <= TOLERANCE

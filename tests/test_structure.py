@@ -34,7 +34,7 @@ LAYERS = [
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"},
     {"sampler", "inspection"},
     {"dropin", "train_step", "training", "planning", "verification"},
-    {"training_cli", "cli_options", "cli_engine"},
+    {"training_cli", "cli_options", "cli_engine", "cli_convert"},
     {"cli"},
     {"__main__", "__init__"},
 ]

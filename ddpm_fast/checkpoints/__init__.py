@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import diffusers, ho, openai
+from .conversion import TARGETS, write
 from .diffusers import save
 from .family import Checkpoint, Family, Found
 from .files import CheckpointError, first_line, listing, read_weights
 from .layout import CONFIG, LABELS, MODEL_INDEX, SCHEDULER, UNETS, WEIGHTS, find_weights, locate
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "save"]
+__all__ = ["TARGETS", "Checkpoint", "CheckpointError", "convert", "load", "save"]
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pixel-art"
 
@@ -104,6 +106,26 @@ def load(
     family = detect(found)
     assert family.load is not None
     return family.load(found)
+
+
+def convert(
+    source: str | os.PathLike[str] | Checkpoint | None,
+    out: str | os.PathLike[str],
+    to: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    preset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Writes a checkpoint, as `load` takes it or loaded already, in another format.
+
+    to: "diffusers", whose folder ``out`` gives the same outputs there; or "openai", a ``.pt`` file for improved- and
+    guided-diffusion, for models that fit their code. dtype: of the stored weights; None keeps float32.
+
+    Returns notes: the checkpoint's, and what the other format says otherwise or not at all. Raises CheckpointError
+    for what it cannot express.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else load(source, preset, overrides)
+    return [*checkpoint.notes, *write(checkpoint, out, to, dtype)]
 
 
 def detect(found: Found) -> Family:

@@ -21,6 +21,7 @@ from ..schedule import Schedule
 from ..train_state import write_atomically
 from ..unet import UNet
 from . import infer
+from .express import for_diffusers
 from .family import FLOATS, Checkpoint, Family, Found, check_names, fit
 from .files import CheckpointError, first_line, safetensors_bytes
 from .layout import CONFIG, LABELS, MODEL_INDEX, SCHEDULER, UNETS, WEIGHTS, check_class
@@ -226,6 +227,9 @@ def _contents(
             f"save needs a UNet and a Schedule; got {type(model).__name__} and {type(schedule).__name__}"
             " (of a wrapped model, pass the UNet itself)"
         )
+    model, schedule, changes = for_diffusers(model, schedule)
+    for change in changes:
+        warnings.warn(change, stacklevel=3)
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"weights are stored as one of {', '.join(map(str, FLOATS))}; got {dtype}")
     classes = model.config.num_class_embeds or 0

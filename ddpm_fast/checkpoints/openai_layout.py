@@ -260,11 +260,13 @@ def to_theirs(state: Mapping[str, Tensor], s: Structure, heads: Heads, new_order
     for piece in pieces(s):
         kind, theirs, ours = piece
         result |= {name: rest.pop(our_name) for name, our_name in _same(*piece) if our_name in rest}
-        for leaf, tail in (("weight", (1,)), ("bias", ())) if kind == "attention" else ():
-            q, k, v, out = (rest.pop(f"{ours}.{name}.{leaf}") for name in ("to_q", "to_k", "to_v", "to_out.0"))
-            joined = join_qkv(q, k, v, head_count(q.shape[0], heads), new_order)
-            result[f"{theirs}.qkv.{leaf}"] = joined.reshape(*joined.shape, *tail)
-            result[f"{theirs}.proj_out.{leaf}"] = out.reshape(*out.shape, *tail)
+        if kind == "attention":
+            for leaf in ("weight", "bias"):
+                q, k, v = (rest.pop(f"{ours}.to_{name}.{leaf}") for name in "qkv")
+                joined = join_qkv(q, k, v, head_count(q.shape[0], heads), new_order)
+                result[f"{theirs}.qkv.{leaf}"] = joined.unsqueeze(-1) if leaf == "weight" else joined
+            result[f"{theirs}.proj_out.weight"] = rest.pop(f"{ours}.to_out.0.weight").unsqueeze(-1)
+            result[f"{theirs}.proj_out.bias"] = rest.pop(f"{ours}.to_out.0.bias")
     if rest:
         raise CheckpointError(f"{min(rest)} has no place in OpenAI's U-Net")
     return result

@@ -80,7 +80,8 @@ def current_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor
         match = _ATTENTION.fullmatch(name)
         if match:
             name = f"{match[1]}{_OLD_ATTENTION.get(match[2], match[2])}.{match[3]}"
-            while tensor.ndim > (2 if match[3] == "weight" else 1) and tensor.shape[-1] == 1:
+            least = 2 if match[3] == "weight" else 1
+            while tensor.layout == torch.strided and tensor.ndim > least and tensor.shape[-1] == 1:
                 tensor = tensor.squeeze(-1)
         elif name == "time_proj.W":
             name = "time_proj.weight"

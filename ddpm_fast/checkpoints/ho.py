@@ -19,7 +19,7 @@ from ..config import EXTENSIONS, UNetConfig
 from ..schedule import Schedule
 from ..unet import UNet
 from . import infer
-from .family import Checkpoint, Found, check_names, fit
+from .family import Checkpoint, Found, check_names, check_storage, fit
 from .files import CheckpointError, first_line, listing
 from .layout import CONFIG
 
@@ -85,6 +85,7 @@ def load(found: Found) -> Checkpoint:
     notes = list(found.notes)
     if found.config is not None:
         notes.append(f"the {CONFIG} beside the file is not used: these are Ho et al.'s names")
+    check_storage(found, found.tensors)
     tensors = to_ours(found.tensors, found)
     if tensors.pop("logvar", None) is not None:
         notes.append("logvar, which ddim's 'bayesian' models have and sampling does not read, is left out")

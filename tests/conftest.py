@@ -11,8 +11,11 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-# The suite is many tiny problems: threads beyond the cores only fight each other.
-torch.set_num_threads(min(torch.get_num_threads(), 4))
+# The suite is many tiny problems in several workers: threads beyond the cores only wait for each other.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_threads = max(1, min(4, torch.get_num_threads(), (os.cpu_count() or 1) // _workers))
+torch.set_num_threads(_threads)
+os.environ["OMP_NUM_THREADS"] = str(_threads)  # of the processes that tests start
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 

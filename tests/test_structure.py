@@ -28,7 +28,7 @@ ALLOWED_IN_KERNELS = {"torch", "triton", "numpy"}
 # anywhere, as long as it closes no circle.
 LAYERS = [
     {"kernels", "_version"},
-    {"recording", "buffers", "config", "schedule", "image_files", "avatars"},
+    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed"},
     {"ops", "ops_triton", "step_table", "noise", "diffusion", "data"},
     {"time_rows", "unet", "presets", "ema", "train_state"},
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"},

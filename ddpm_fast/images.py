@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .whole_files import make_folder, whole_file
+
+__all__ = [
+    "Film",
+    "grid",
+    "make_folder",
+    "picture",
+    "save_folder",
+    "save_npz",
+    "save_picture",
+    "whole_file",
+]
+
 GRID_SIDE = 512  # pixels that a grid of small images is enlarged towards, by whole factors
 STRIP_SIDE = 1200  # the same for a film strip, which is wide
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its name when the block ends, and goes if it fails."""
-    path = Path(path)
-    make_folder(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def make_folder(folder: str | Path) -> None:
-    """Make a folder, or OSError (one line) if it cannot be made or written to."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{folder} cannot be a folder: a file is in its way") from None
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def picture(image: np.ndarray) -> Image.Image:

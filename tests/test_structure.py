@@ -28,7 +28,7 @@ ALLOWED_IN_KERNELS = {"torch", "triton", "numpy"}
 # anywhere, as long as it closes no circle.
 LAYERS = [
     {"kernels", "_version"},
-    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed"},
+    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed", "whole_files", "store_claims"},
     {"ops", "ops_triton", "step_table", "noise", "diffusion", "data"},
     {"time_rows", "unet", "presets", "ema", "train_state"},
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"},
@@ -142,7 +142,7 @@ def test_kernels_is_a_link_and_no_package_of_its_own():
 def test_no_top_level_package_but_ours_is_installed():
     """An installed ``kernels`` would shadow the Hugging Face package of that name."""
     packages = PROJECT["tool"]["setuptools"]["packages"]
-    assert packages == ["ddpm_fast", "ddpm_fast.checkpoints", "ddpm_fast.kernels"]
+    assert packages == ["ddpm_fast", "ddpm_fast.benchmarking", "ddpm_fast.checkpoints", "ddpm_fast.kernels"]
     below = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("*.py")}
     assert below <= {*packages, "ddpm_fast.kernels"}  # and none is forgotten
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_convert, cli_engine
+from . import cli_convert, cli_engine, cli_evaluate
 from .cli_options import Device, Preset, Settings, Source, assignments, chosen_device
 
 # Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
@@ -152,7 +152,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     print(json.dumps(facts, indent=2) if as_json else diagnose_text(facts))
 
 
-for command in (cli_engine.verify, cli_engine.plan, cli_convert.convert):
+for command in (cli_engine.verify, cli_engine.plan, cli_convert.convert, cli_evaluate.evaluate):
     app.command()(command)
 
 

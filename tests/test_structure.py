@@ -33,8 +33,8 @@ LAYERS = [
     {"time_rows", "unet", "presets", "ema", "train_state"},
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"},
     {"sampler", "inspection"},
-    {"dropin", "train_step", "training", "planning", "verification"},
-    {"training_cli", "cli_options", "cli_engine", "cli_convert"},
+    {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline"},
+    {"training_cli", "cli_options", "cli_engine", "cli_convert", "cli_bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -31,6 +31,7 @@ def evaluate(
     ] = "efficientnet-lite0",
     weights: Annotated[Path | None, typer.Option(help="Of inception, where they cannot be downloaded.")] = None,
     draw: Annotated[int | None, typer.Option(help="SAMPLES is a checkpoint: draw this many from it.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Scale and crop DATA to this many pixels first.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     most_pairs: Annotated[int, typer.Option(help="Of --pair: images of each set that are compared.")] = 5000,
     seed: Annotated[int, typer.Option(help="Of the resampling, and of --draw.")] = 0,
@@ -61,7 +62,7 @@ def evaluate(
         facts, text = report.facts(), pair_text(report)
     else:
         assert samples is not None and against is not None
-        result = _against(samples, against, chosen, draw, batch_size, seed, cache, save, device, progress)
+        result = _against(samples, against, chosen, draw, image_size, batch_size, seed, cache, save, device, progress)
         facts, text = result.facts(), evaluation_text(result)
     if note is not None:
         facts["note"] = note
@@ -76,6 +77,7 @@ def _against(
     against: str,
     chosen: Any,
     draw: int | None,
+    image_size: int | None,
     batch_size: int,
     seed: int,
     cache: Path | None,
@@ -92,7 +94,7 @@ def _against(
     if Path(against).suffix.lower() == ".npz" and evaluation.is_statistics(Path(against)):
         known = evaluation.load_statistics(Path(against))
     else:
-        known = evaluation.reference(open_stream(against), chosen, batch_size, progress, cache)
+        known = evaluation.reference(open_stream(against, image_size), chosen, batch_size, progress, cache)
     if save is not None:
         evaluation.save_statistics(save, known)
     return evaluation.evaluate(stream, known, chosen, batch_size, progress, seed)

@@ -30,24 +30,26 @@ class ImageStream:
     facts: dict[str, Any] | None = None  # a sample store's manifest
 
 
-def open_stream(source: str | Path) -> ImageStream:
+def open_stream(source: str | Path, image_size: int | None = None) -> ImageStream:
     """A sample store, an .npz (``arr_0``), an .npy, a folder or tar of pictures, or avatars:STYLE.
 
-    Arrays are uint8 [n, H, W, C] or [n, H, W]. Raises DataError (a ValueError) for what cannot be read,
+    Arrays are uint8 [n, H, W, C] or [n, H, W]. image_size: scale and crop to that many pixels a side, as training
+    does; None leaves them as they come. Raises DataError (a ValueError) for what cannot be read,
     FileNotFoundError for no such path.
     """
     path = Path(source)
     if str(source).startswith("avatars:"):
-        return _whole(str(source), str(source))
+        return _whole(str(source), f"{source} {image_size}", image_size)
     if not path.exists():
         raise FileNotFoundError(f"no images at {path}: give a sample store, .npz, .npy, a folder of pictures or a .tar")
     if path.is_dir() and (path / "manifest.json").is_file():
         return _store(path)
-    if path.suffix.lower() == ".npy":
-        return _npy(path)
-    if path.suffix.lower() == ".npz":
-        return _npz(path)
-    return _whole(str(source), _stamp(path))
+    arrays = {".npy": _npy, ".npz": _npz}.get(path.suffix.lower()) if path.is_file() else None
+    if arrays is not None:
+        stream, shape = arrays(path)
+        if image_size in (None, shape[1]) and (image_size is None or shape[1] == shape[2]):
+            return stream
+    return _whole(str(source), f"{_stamp(path)} {image_size}", image_size)
 
 
 def _store(folder: Path) -> ImageStream:
@@ -78,7 +80,7 @@ def rebatched(parts: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield np.concatenate(held)
 
 
-def _npy(path: Path) -> ImageStream:
+def _npy(path: Path) -> tuple[ImageStream, tuple[int, ...]]:
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -89,10 +91,10 @@ def _npy(path: Path) -> ImageStream:
         for first in range(0, shape[0], size):
             yield np.array(images[first : first + size]).reshape(-1, *shape[1:])
 
-    return ImageStream(shape[0], str(path), _stamp(path), batches)
+    return ImageStream(shape[0], str(path), _stamp(path), batches), shape
 
 
-def _npz(path: Path) -> ImageStream:
+def _npz(path: Path) -> tuple[ImageStream, tuple[int, ...]]:
     """The archive's member is decompressed as it is read; np.load would take it whole."""
     with _opened(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -116,7 +118,7 @@ def _npz(path: Path) -> ImageStream:
                     raise DataError(f"{path} ends within its images: {len(content)} bytes of {wanted}")
                 yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
 
-    return ImageStream(shape[0], str(path), _stamp(path), batches)
+    return ImageStream(shape[0], str(path), _stamp(path), batches), shape
 
 
 def _opened(path: Path) -> zipfile.ZipFile:
@@ -149,9 +151,9 @@ def _checked(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, 
     return shape
 
 
-def _whole(source: str, stamp: str) -> ImageStream:
+def _whole(source: str, stamp: str, image_size: int | None) -> ImageStream:
     """Through the reader of training data, which keeps on the disk what is larger than 2 GiB decoded."""
-    data = load_data(source)
+    data = load_data(source, image_size)
 
     def batches(size: int) -> Iterator[Batch]:
         for first in range(0, len(data), size):

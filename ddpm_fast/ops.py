@@ -18,7 +18,7 @@ from .buffers import Memory
 from .kernels import reference as _reference
 from .recording import Record, recording
 
-__all__ = ["Feature", "Ops", "Record", "recording", "reference", "triton"]
+__all__ = ["Feature", "Ops", "Record", "cpu", "recording", "reference", "triton"]
 
 Feature = Any  # a feature map as its Ops set represents it; for `reference` a Tensor [N, C, H, W]
 
@@ -85,6 +85,17 @@ _REFERENCE = Ops(
 def reference() -> Ops:
     """Plain PyTorch: differentiable, any device and dtype, the definition of right."""
     return _REFERENCE
+
+
+def cpu() -> Ops:
+    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready at once.
+
+    Works on tensors on the CPU in float32, bfloat16 or float16, with oneDNN or without; float64 and weights that no
+    `pack_conv` has packed run on the reference operations. Gradients do not flow.
+    """
+    from . import ops_cpu
+
+    return ops_cpu.build()
 
 
 def triton() -> Ops:

@@ -45,6 +45,8 @@ def _tensors(prepared: UNet) -> Iterator[Tensor]:
             tensor = getattr(weight, "matrix", weight)
             if isinstance(tensor, Tensor):
                 yield tensor
+            elif tensor is not None:  # a set's own packing, that names what it holds
+                yield from tensor.tensors()
 
 
 class _Packing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import ops as ops_module
+from .choose_ops import choose_ops
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram
 from .noise import Philox, TorchNoise
 from .ops import Ops
@@ -39,8 +38,8 @@ class Sampler:
     trained with label dropout, whose last class stands for none.
     dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
     a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'
-    DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton, else "reference"), "reference", "triton", or
-    an `Ops` value. graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
+    DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton, "cpu" on a CPU, else "reference"), "reference",
+    "cpu", "triton", or an `Ops` value. graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
     image_shape: (C, H, W) in pixels; default the model's own.
 
     Raises ValueError for what does not fit together.
@@ -77,7 +76,7 @@ class Sampler:
         if graph not in ("auto", "none") and self.device.type != "cuda":
             raise ValueError(f"graph={graph!r} needs a CUDA device; this sampler is on {self.device}; use graph='auto'")
         self.graph, self.guidance_scale = graph, guidance_scale
-        self.ops = _choose_ops(ops, self.device)
+        self.ops = choose_ops(ops, self.device)
         self.image_shape = image_shape or _image_shape(model)
         if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
@@ -230,20 +229,6 @@ def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
     if truncate:
         return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _choose_ops(ops: str | Ops, device: torch.device) -> Ops:
-    if isinstance(ops, Ops):
-        return ops
-    if ops == "auto":
-        ops = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "reference"
-    if ops == "reference":
-        return ops_module.reference()
-    if ops == "triton":
-        return ops_module.triton()
-    if ops in ("cpu", "winograd"):
-        raise ValueError(f"ops={ops!r} is not part of this version; use 'auto', 'reference' or 'triton'")
-    raise ValueError(f"ops must be 'auto', 'reference', 'triton' or an Ops value; got {ops!r}")
 
 
 def _device_of(model: object) -> torch.device:

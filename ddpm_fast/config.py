@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .kernels.reference import ACTIVATIONS
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+SKIP_DOWN, SKIP_UP = ("SkipDownBlock2D", "AttnSkipDownBlock2D"), ("SkipUpBlock2D", "AttnSkipUpBlock2D")  # NCSN++
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", *SKIP_DOWN)
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", *SKIP_UP)
 # Fields that upstream does not have. At their defaults they are left out of `to_dict`.
 EXTENSIONS = ("num_attention_heads", "time_proj_channels")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-NOT_SUPPORTED_YET = ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
+SKIP_ATTENTION_GROUPS = 32  # whatever the configuration says
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class UNetConfig:
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8  # channels a head; None: one head
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32  # None: min(C // 4, 32), as Skip blocks always have it
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -104,6 +105,30 @@ class UNetConfig:
             return self.sample_size
         return (self.sample_size, self.sample_size)
 
+    @property
+    def ends_in_conv_out(self) -> bool:
+        """Whether the output is conv_out's: not divided by t, no image of the Skip blocks added."""
+        return self.time_embedding_type != "fourier" and not set(SKIP_UP) & set(self.up_block_types[:-1])
+
+    def down_inputs(self, i: int) -> list[tuple[int, int]]:
+        """(channels, 0) that each residual block of down block i reads."""
+        widths = self.block_out_channels
+        return [(widths[max(i - 1, 0)], 0)] + [(widths[i], 0)] * (self.layers_per_block - 1)
+
+    def up_inputs(self, i: int) -> list[tuple[int, int]]:
+        """(channels from below, channels of the skip) that each residual block of up block i reads."""
+        widths = self.block_out_channels[::-1]
+        skips = [widths[i]] * self.layers_per_block + [widths[min(i + 1, self.levels - 1)]]
+        return [(widths[max(i - 1, 0)] if j == 0 else widths[i], skip) for j, skip in enumerate(skips)]
+
+    def groups(self, channels: int, kind: str = "", skip: int = 0) -> int:
+        """Groups of a norm over so many channels, and as many of a skip as said, in a block of this kind."""
+        if kind == "AttnSkipUpBlock2D" and skip:  # upstream divides only the second by 4
+            return min(channels + skip // 4, 32)
+        if kind in SKIP_DOWN + SKIP_UP or self.norm_num_groups is None:
+            return min((channels + skip) // 4, 32)
+        return self.norm_num_groups
+
     def head_dim(self, channels: int) -> int:
         if self.num_attention_heads is not None:
             return channels // self.num_attention_heads
@@ -119,13 +144,14 @@ def _is_int(value: object) -> bool:
 
 
 def _check_numbers(c: UNetConfig) -> None:
-    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+    for name in ("in_channels", "out_channels", "layers_per_block"):
         value = getattr(c, name)
         if not _is_int(value) or value < 1:
             raise _wrong(name, value, "a positive integer")
     for name in (
         "time_embedding_dim",
         "attention_head_dim",
+        "norm_num_groups",
         "attn_norm_num_groups",
         "num_class_embeds",
         "num_train_timesteps",
@@ -179,12 +205,22 @@ def _check_blocks(c: UNetConfig) -> None:
         if len(value) != c.levels:
             raise _wrong(name, value, f"as long as block_out_channels ({c.levels})")
         for kind in value:
-            if kind in NOT_SUPPORTED_YET:
-                raise ValueError(
-                    f"UNetConfig.{name}: {kind} (NCSN++ skip blocks with FIR resampling) is not supported yet"
-                )
             if kind not in allowed:
                 raise _wrong(name, kind, "made of " + ", ".join(allowed))
+    down = [kind in SKIP_DOWN for kind in c.down_block_types[:-1]]
+    up = [kind in SKIP_UP for kind in c.up_block_types]
+    if down != sorted(down, reverse=True) or up != sorted(up):
+        # the image beside the network would be of another size than the feature map that it joins
+        raise ValueError(
+            "UNetConfig needs Skip blocks before all others on the way down, and behind them on the way up; got "
+            f"{', '.join(c.down_block_types)} and {', '.join(c.up_block_types)}"
+        )
+    for name, used in (("in_channels", any(down)), ("out_channels", any(up[:-1]))):
+        if used and getattr(c, name) != 3:
+            raise _wrong(name, getattr(c, name), "3 with Skip blocks, whose side path is RGB")
+    ordinary = set(c.down_block_types + c.up_block_types) - {*SKIP_DOWN, *SKIP_UP}
+    if c.norm_num_groups is None and ordinary:
+        raise _wrong("norm_num_groups", None, f"a positive integer with {min(ordinary)}; null is for Skip blocks")
 
 
 def _check_channels(c: UNetConfig) -> None:
@@ -199,8 +235,35 @@ def _check_channels(c: UNetConfig) -> None:
             raise _wrong("attention_head_dim", c.attention_head_dim, f"at most the {channels} channels it divides")
     if c.attn_norm_num_groups is not None and c.block_out_channels[-1] % c.attn_norm_num_groups:
         raise _wrong("attn_norm_num_groups", c.attn_norm_num_groups, f"a divisor of {c.block_out_channels[-1]}")
-    for n in sorted(set(c.block_out_channels)):  # then every concatenation of two is a multiple too
-        if n % c.norm_num_groups:
+    for channels, groups, kind in sorted(set(_norms(c))):
+        if kind and (groups == 0 or channels % groups):
             raise _wrong(
-                "norm_num_groups", c.norm_num_groups, f"a divisor of every width it normalises; {n} is not a multiple"
+                "block_out_channels", c.block_out_channels, f"such that {kind} can part {channels} in {groups} groups"
             )
+        if groups == 0 or channels % groups:
+            raise _wrong(
+                "norm_num_groups",
+                c.norm_num_groups,
+                f"a divisor of every width it normalises; {channels} is not a multiple",
+            )
+
+
+def _norms(c: UNetConfig) -> Iterator[tuple[int, int, str]]:
+    """(channels, groups, kind of the Skip block or "") of every norm but that of the middle's attention."""
+    for channels in (c.block_out_channels[0], c.block_out_channels[-1]):
+        yield channels, c.groups(channels), ""
+    sides = (
+        (c.down_block_types, c.block_out_channels, c.down_inputs),
+        (
+            c.up_block_types,
+            c.block_out_channels[::-1],
+            c.up_inputs,
+        ),
+    )
+    for kinds, widths, inputs in sides:
+        for i, (kind, channels) in enumerate(zip(kinds, widths)):
+            named = kind if kind in SKIP_DOWN + SKIP_UP else ""
+            yield channels, c.groups(channels, kind), named
+            yield from ((h + skip, c.groups(h, kind, skip), named) for h, skip in inputs(i))
+            if named and kind.startswith("Attn"):
+                yield channels, SKIP_ATTENTION_GROUPS, named

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Arena, Memory, plan
-from .kernels.reference import INITIAL_STEP, philox_normal
+from .kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, threshold
 from .ops import Ops, reference
 from .prepared import weight_bytes
 from .step_table import StepTable
@@ -152,7 +152,11 @@ class Program:
 
 
 class CallableProgram(Program):
-    """A step around any f(x, t[, labels]) -> out: a tensor, a tuple that starts with one, or ``.sample``."""
+    """A step around any f(x, t[, labels]) -> out: a tensor, a tuple that starts with one, or ``.sample``.
+
+    A model whose ``self_condition`` is true is called f(x, t, x0), where x0 is the (clipped) x_0 predicted at the
+    step before, and zeros at the first (Chen et al. 2022).
+    """
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -162,8 +166,22 @@ class CallableProgram(Program):
             self._now = self.times[:1].clone()
             self._t = self._now.repeat(self.batch_size)
             self.labels: Tensor | None = None
+            self.x0 = torch.zeros_like(self.x) if getattr(model, "self_condition", False) is True else None
+            self._row = self.rows[:1].clone()
+
+    def state(self) -> list[Tensor | None]:
+        """Beside x and the counter, what a step writes and a later one reads."""
+        return [self.low, self.x0]
+
+    @torch.inference_mode()
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        super().begin(*args, **kwargs)
+        if self.x0 is not None:
+            self.x0.zero_()
 
     def label(self, labels: Tensor | None) -> None:
+        if self.x0 is not None and labels is not None:
+            raise ValueError("a model with self_condition is called f(x, t, x0): it takes no labels")
         if labels is None or self.labels is None or self.labels.shape != labels.shape:
             self.labels = None if labels is None else labels.clone()
         else:
@@ -172,10 +190,25 @@ class CallableProgram(Program):
     def predict(self) -> Tensor:
         torch.index_select(self.times, 0, self.counter[:1], out=self._now)
         self._t.copy_(self._now.expand_as(self._t))
-        out = self.model(self.x, self._t) if self.labels is None else self.model(self.x, self._t, self.labels)
+        third = self.labels if self.x0 is None else self.x0
+        out = self.model(self.x, self._t) if third is None else self.model(self.x, self._t, third)
         if isinstance(out, (tuple, list)):
             out = out[0]
-        return getattr(out, "sample", out)
+        out = getattr(out, "sample", out)
+        if self.x0 is not None:
+            self._predict_x0(out)
+        return out
+
+    def _predict_x0(self, out: Tensor) -> None:
+        assert self.x0 is not None
+        torch.index_select(self.rows, 0, self.counter[:1], out=self._row)
+        row = self._row[0]
+        torch.mul(self.x, row[KX], out=self.x0)
+        self.x0.addcmul_(out[:, : self.x.shape[1]].to(self.x0.dtype), row[KO])
+        if self.table.thresholding is None:
+            torch.clamp(self.x0, -row[CLIP], row[CLIP], out=self.x0)
+        else:
+            self.x0.copy_(threshold(self.x0, *self.table.thresholding))
 
 
 class StepProgram(Program):
@@ -224,7 +257,7 @@ class StepProgram(Program):
             ops.conv_step is not None
             and "step_weight" in prepared.conv_out.__dict__
             and prepared.dtype != torch.float64
-            and config.time_embedding_type != "fourier"
+            and config.ends_in_conv_out
             and guidance_scale is None
             and table.thresholding is None
             and not given_noise

@@ -39,6 +39,8 @@ class Ops:
     downsample: Callable[[Feature], Feature]
     attention: Callable[[Feature, int], Feature]
     sampler_step: Callable[..., Tensor]
+    fir_upsample: Callable[[Feature], Feature] = _reference.fir_upsample
+    fir_downsample: Callable[[Feature], Feature] = _reference.fir_downsample
     enter: Callable[[Tensor], Feature] = lambda x: x  # a tensor into the set's own form
     leave: Callable[[Feature], Tensor] = lambda x: x  # and back, for what has no operation here
     # conv_out and sampler_step in one launch, where the set has it: kernels/conv_step.py. The engine asks.

@@ -84,6 +84,8 @@ def build(memory: Memory | None = None) -> Ops:
         downsample=lambda x: _downsample(x, memory),
         attention=lambda qkv, heads: _attention(qkv, heads, memory),
         sampler_step=_sampler_step(sampler_step.sampler_step),
+        fir_upsample=lambda x: _outside(reference.fir_upsample(x.data), memory),
+        fir_downsample=lambda x: _outside(reference.fir_downsample(x.data), memory),
         enter=enter,
         leave=leave,
         conv_step=lambda x, *args, **kwargs: conv_step.conv_step(x.data, *args, **kwargs),
@@ -122,6 +124,8 @@ def falls_back(operation: str, arguments: Mapping[str, Any]) -> str | None:
         return f"no kernel computes in {image.dtype}"
     if operation == "sampler_step" and arguments["thresholding"] is not None:
         return "dynamic thresholding sorts whole images, for which there is no kernel"
+    if operation in ("fir_upsample", "fir_downsample"):
+        return "FIR resampling has no kernel"
     if operation == "norm_act" and arguments["act"] not in ("silu", "swish", "none"):
         return f"norm_act has no kernel with {arguments['act']}"
     if operation == "conv" and weight_shape(arguments["weight"])[2] not in (1, 3):
@@ -232,6 +236,12 @@ def _in_parts(
         images = slice(first, min(first + size, n))
         part = x.run(_images(x.arguments, images, n), buffer[: images.stop - first])
         run({**_images(a, images, n), "x": part}, None if stats is None else stats[images])
+    if x.arguments["skip"] is None and _image_bytes(x.arguments["x"]) == _image_bytes(a["out"]):
+        memory.replaced(x.arguments["x"], a["out"])
+
+
+def _image_bytes(x: Tensor) -> int:
+    return x[0].numel() * x.element_size()
 
 
 def _images(a: Mapping[str, Any], images: slice, n: int) -> dict[str, Any]:
@@ -278,7 +288,12 @@ def _downsample(x: FeatureMap, memory: Memory) -> FeatureMap:
 
 
 def _attention(qkv: FeatureMap, heads: int, memory: Memory) -> FeatureMap:
-    y = _channels_last(reference.attention(qkv.data, heads))
+    return _outside(reference.attention(qkv.data, heads), memory)
+
+
+def _outside(result: Tensor, memory: Memory) -> FeatureMap:
+    """What torch's own operation made, in memory of torch's own."""
+    y = _channels_last(result)
     memory.outside(y)
     return FeatureMap(y)
 

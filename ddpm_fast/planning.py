@@ -215,7 +215,7 @@ def _ends_in_the_step(config: UNetConfig, table: StepTable) -> bool:
     """Whether the engine runs conv_out and the sampler step as one launch."""
     return (
         config.out_channels in (config.in_channels, 2 * config.in_channels)
-        and config.time_embedding_type != "fourier"
+        and config.ends_in_conv_out
         and table.thresholding is None
     )
 

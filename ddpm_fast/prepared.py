@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import Ops
-from .unet import Attention, Resampler, ResnetBlock, UNet
+from .unet import Attention, Resampler, ResnetBlock, SkipDownBlock, SkipUpBlock, UNet
 
 
 def prepare(model: UNet, dtype: torch.dtype, device: torch.device | str, ops: Ops) -> UNet:
@@ -63,12 +63,16 @@ class _Packing:
                 self.attention(source[name], module)
             elif isinstance(module, Resampler):
                 self.convolution(source[name].conv, module.conv, upsample=module.resample == "up")
+            elif isinstance(module, SkipDownBlock) and module.skip_conv is not None:
+                self.convolution(source[name].skip_conv, module.skip_conv, channels=self.image_channels())
+            elif isinstance(module, SkipUpBlock) and module.skip_conv is not None:
+                self.convolution(source[name].skip_conv, module.skip_conv)
         model, copy = self.source, self.copy
         channels = copy.config.in_channels
-        lying = self.ops.input_channels(channels, self.dtype)
-        self.convolution(model.conv_in, copy.conv_in, channels=(lying,) if lying != channels else None)
+        self.convolution(model.conv_in, copy.conv_in, channels=self.image_channels())
         self.convolution(model.conv_out, copy.conv_out)
-        if self.ops.pack_step_conv is not None and copy.config.out_channels in (channels, 2 * channels):
+        fits = copy.config.ends_in_conv_out and copy.config.out_channels in (channels, 2 * channels)
+        if self.ops.pack_step_conv is not None and fits:
             weight = model.conv_out.weight.detach().to(self.device)
             copy.conv_out.__dict__["step_weight"] = self.ops.pack_step_conv(weight, channels, dtype=self.dtype)
         for name, module in copy.named_modules():
@@ -76,6 +80,12 @@ class _Packing:
                 if parameter is not None and parameter.is_meta:
                     module._parameters[key] = self.kept(source[name]._parameters[key])
         return copy
+
+    def image_channels(self) -> tuple[int, ...] | None:
+        """How an image that has entered lies, where it is padded."""
+        channels = self.copy.config.in_channels
+        lying = self.ops.input_channels(channels, self.dtype)
+        return (lying,) if lying != channels else None
 
     def kept(self, value: Any) -> nn.Parameter:
         """A value in full precision on the device, in memory of its own."""

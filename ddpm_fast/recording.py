@@ -6,6 +6,7 @@ On the ``meta`` device, over `ops.reference()`, this prices a whole step of a ne
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -254,6 +255,23 @@ def _downsample(call: _Call) -> _Entry:
     return _Entry(_shapes(call, "x"), call["x"].dtype, "", cost.downsample(call["x"].shape, call["x"].dtype))
 
 
+def _fir_upsample(call: _Call) -> _Entry:
+    return _fir(call, cost.upsample)
+
+
+def _fir_downsample(call: _Call) -> _Entry:
+    return _fir(call, cost.downsample)
+
+
+def _fir(call: _Call, resampling: Callable[..., Cost]) -> _Entry:
+    """The padding and one resampling launch: at least. Torch's operations take several."""
+    x = call["x"]
+    image = math.prod(x.shape) * x.dtype.itemsize
+    return _Entry(
+        _shapes(call, "x"), x.dtype, "filter (1, 3, 3, 1)", Cost(0, image, image, 1) + resampling(x.shape, x.dtype)
+    )
+
+
 def _sampler_step(call: _Call) -> _Entry:
     x, out, low = call["x"], call["out"], call["low"]
     priced = cost.sampler_step(
@@ -286,6 +304,8 @@ _PRICES: dict[str, Callable[[_Call], _Entry]] = {
     "upsample_conv": _upsample_conv,
     "upsample": _upsample,
     "downsample": _downsample,
+    "fir_upsample": _fir_upsample,
+    "fir_downsample": _fir_downsample,
     "attention": _attention,
     "sampler_step": _sampler_step,
     "conv_step": _conv_step,

@@ -6,237 +6,29 @@ A feature map is [N, C, H, W]; `UNet.forward` is the plain way in, `UNet.run` th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import UNetConfig
-from .kernels.reference import ACTIVATIONS, Shortcut
+from .config import SKIP_DOWN, SKIP_UP, UNetConfig
+from .kernels.reference import ACTIVATIONS
 from .ops import Feature, Ops, reference
+from .unet_blocks import Attention, Block, Level, MidBlock, Resampler, ResnetBlock, TimeRows, norm_act
+from .unet_skip import SkipDownBlock, SkipUpBlock
+from .unet_time import FourierProjection, TimeEmbedding, sinusoid
 
-
-class TimeRows:
-    """What every residual block adds of the time embedding, as (rows, row) for `conv` and `norm_act`.
-
-    Either one row an image, projected as needed from the embedding [N, E] (training), or all blocks'
-    projections at once, one row a step with the device counter that names it, or one an image (sampling).
-    """
-
-    def __init__(
-        self,
-        embedding: Tensor | None = None,  # [N, E], activated
-        table: Tensor | None = None,  # [R, total]: UNet.time_table
-        row: Tensor | None = None,  # int [1+]; None: R = N
-        t: Tensor | None = None,  # the timesteps, [N], or [R] beside a table; divides fourier outputs
-        parts: Sequence[Tensor] | None = None,  # a table cut up: each block's own, contiguous
-    ):
-        self.embedding, self.table, self.row, self.t, self.parts = embedding, table, row, t, parts
-
-    def of(self, block: ResnetBlock) -> tuple[Tensor, Tensor | None]:
-        if self.parts is not None:
-            return self.parts[block.time_index], self.row
-        if self.table is not None:
-            return self.table[:, block.time_slice], self.row
-        assert self.embedding is not None
-        return block.time_emb_proj(self.embedding), None
-
-    def divide(self, y: Tensor) -> Tensor:
-        assert self.t is not None
-        t = self.t if self.row is None else self.t.index_select(0, self.row[:1])
-        return y / t.to(y.dtype)[:, None, None, None]
-
-
-class ResnetBlock(nn.Module):
-    """norm, act, (resample), conv + time, norm, act, conv, + shortcut. Diffusers' ResnetBlock2D."""
-
-    time_slice: slice  # this block's columns of a time table, and its number; set by UNet
-    time_index: int
-
-    def __init__(
-        self,
-        c: UNetConfig,
-        in_channels: int,  # of x and the skip together
-        out_channels: int,
-        resample: str = "",
-        factor: float = 1.0,
-        skip_channels: int = 0,
-    ):
-        super().__init__()
-        self.inputs = (in_channels - skip_channels, skip_channels) if skip_channels else (in_channels,)
-        self.scale_shift = c.resnet_time_scale_shift == "scale_shift"
-        self.resample, self.scale = resample, 1.0 / factor
-        self.act, self.dropout = c.act_fn, c.dropout
-        self.norm1 = nn.GroupNorm(c.norm_num_groups, in_channels, c.norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(c.time_width, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(c.norm_num_groups, out_channels, c.norm_eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def forward(self, ops: Ops, x: Feature, skip: Feature | None, time: TimeRows) -> Feature:
-        rows, row = time.of(self)
-        h = _norm_act(ops, self.norm1, x, self.act, skip=skip)
-        added = {} if self.scale_shift else {"time": rows, "row": row}
-        if self.resample == "up":
-            h = ops.upsample_conv(h, self.conv1.weight, self.conv1.bias, with_stats=True, **added)
-            x = ops.upsample(x)
-        else:
-            if self.resample == "down":
-                h, x = ops.downsample(h), ops.downsample(x)
-            h = ops.conv(h, self.conv1.weight, self.conv1.bias, with_stats=True, **added)
-        shift = {"scale_shift": rows, "row": row} if self.scale_shift else {}
-        h = _norm_act(ops, self.norm2, h, self.act, **shift)
-        if self.dropout and self.training:
-            h = F.dropout(h, self.dropout)
-        if self.conv_shortcut is None:
-            around = {"residual": x}
-        else:
-            around = {"shortcut": Shortcut(x, skip, self.conv_shortcut.weight, self.conv_shortcut.bias)}
-        return ops.conv(h, self.conv2.weight, self.conv2.bias, scale=self.scale, with_stats=True, **around)
-
-
-class Attention(nn.Module):
-    """norm, q k v, softmax attention over the pixels, projection, + input. Diffusers' Attention."""
-
-    def __init__(self, c: UNetConfig, channels: int, groups: int | None, factor: float = 1.0):
-        super().__init__()
-        head_dim = c.head_dim(channels)
-        self.heads, self.scale = channels // head_dim, 1.0 / factor
-        inner = self.heads * head_dim
-        self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, c.norm_eps)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
-
-    # (qkv weight, bias, projection weight, bias) as a set packs them, in a prepared copy
-    packed: tuple[Any, Tensor, Any, Tensor] | None = None
-
-    def qkv(self) -> tuple[Any, Tensor]:
-        """The three projections as one 1x1 convolution: weight [3 * inner, C, 1, 1], bias [3 * inner]."""
-        if self.packed is not None:
-            return self.packed[:2]
-        parts = (self.to_q, self.to_k, self.to_v)
-        return torch.cat([p.weight for p in parts])[:, :, None, None], torch.cat([p.bias for p in parts])
-
-    def projection(self) -> tuple[Any, Tensor]:
-        if self.packed is not None:
-            return self.packed[2:]
-        out = self.to_out[0]
-        assert isinstance(out, nn.Linear)
-        return out.weight[:, :, None, None], out.bias
-
-    def forward(self, ops: Ops, x: Feature) -> Feature:
-        h = x if self.group_norm is None else _norm_act(ops, self.group_norm, x, "none")
-        h = ops.attention(ops.conv(h, *self.qkv()), self.heads)
-        return ops.conv(h, *self.projection(), residual=x, scale=self.scale, with_stats=True)
-
-
-class Resampler(nn.Module):
-    """A strided convolution down, or nearest-neighbour times 2 and a convolution up."""
-
-    def __init__(self, channels: int, resample: str, padding: int = 1):
-        super().__init__()
-        self.resample, self.padding = resample, (padding, 1)
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample == "down" else 1)
-
-    def forward(self, ops: Ops, x: Feature, skip: None, time: TimeRows) -> Feature:
-        if self.resample == "up":
-            return ops.upsample_conv(x, self.conv.weight, self.conv.bias, with_stats=True)
-        return ops.conv(x, self.conv.weight, self.conv.bias, stride=2, padding=self.padding, with_stats=True)
-
-
-class Block(nn.Module):
-    """One level, down or up: residual blocks, each with its attention, then the resampler."""
-
-    def __init__(self, c: UNetConfig, kind: str, inputs: list[tuple[int, int]], channels: int, resample: str):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c, h + skip, channels, skip_channels=skip) for h, skip in inputs)
-        if kind.startswith("Attn"):
-            self.attentions = nn.ModuleList(Attention(c, channels, c.norm_num_groups) for _ in inputs)
-        if resample:
-            by_resnet = kind.startswith("Resnet") or (
-                kind.startswith("Attn") and (c.downsample_type if resample == "down" else c.upsample_type) == "resnet"
-            )
-            sampler: nn.Module = (
-                ResnetBlock(c, channels, channels, resample)
-                if by_resnet
-                else Resampler(channels, resample, c.downsample_padding)
-            )
-            self.add_module(f"{resample}samplers", nn.ModuleList([sampler]))
-
-    def stages(self) -> Iterator[tuple[ResnetBlock, Attention | None]]:
-        attentions = getattr(self, "attentions", None) or [None] * len(self.resnets)
-        yield from zip(self.resnets, attentions)  # type: ignore[misc]
-
-    def down(self, ops: Ops, h: Feature, skips: list[Feature], time: TimeRows) -> Feature:
-        for resnet, attention in self.stages():
-            h = resnet(ops, h, None, time)
-            h = h if attention is None else attention(ops, h)
-            skips.append(h)
-        for sampler in getattr(self, "downsamplers", ()):
-            h = sampler(ops, h, None, time)
-            skips.append(h)
-        return h
-
-    def upsampler(self) -> nn.Module | None:
-        return next(iter(getattr(self, "upsamplers", ())), None)
-
-
-class MidBlock(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
-
-    def __init__(self, c: UNetConfig, channels: int):
-        super().__init__()
-        factor = c.mid_block_scale_factor
-        groups = c.attn_norm_num_groups or (c.norm_num_groups if c.resnet_time_scale_shift == "default" else None)
-        self.resnets = nn.ModuleList(ResnetBlock(c, channels, channels, factor=factor) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(c, channels, groups, factor)] if c.add_attention else [])
-
-    def forward(self, ops: Ops, h: Feature, time: TimeRows) -> Feature:
-        h = self.resnets[0](ops, h, None, time)
-        for attention in self.attentions:
-            h = attention(ops, h)
-        return self.resnets[1](ops, h, None, time)
-
-
-class TimeEmbedding(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(channels, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class FourierProjection(nn.Module):
-    """sin and cos of 2 pi w log(t), with fixed random w (Song et al. 2021, score SDE)."""
-
-    def __init__(self, channels: int, deviation: float = 16.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(channels) * deviation, requires_grad=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angle = torch.log(t.float())[:, None] * self.weight * 2 * math.pi
-        return torch.cat((angle.sin(), angle.cos()), dim=-1)
-
-
-def sinusoid(t: Tensor, channels: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
-    """Sinusoidal time embedding [N, channels] of t [N]: frequencies 10000^(-i / (channels / 2 - freq_shift)).
-
-    sin then cos, or cos then sin with flip_sin_to_cos; a zero at the end where channels is odd. Float32, or
-    float64 where t is (Vaswani et al. 2017; diffusers' get_timestep_embedding).
-    """
-    half = channels // 2
-    t = t if t.dtype == torch.float64 else t.float()
-    exponent = -math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / (half - freq_shift)
-    angle = t[:, None] * exponent.exp()
-    parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
-    return F.pad(torch.cat(parts, dim=-1), (0, channels % 2))
+__all__ = [
+    "Attention",
+    "Resampler",
+    "ResnetBlock",
+    "SkipDownBlock",
+    "SkipUpBlock",
+    "TimeRows",
+    "UNet",
+    "sinusoid",
+]
 
 
 class UNet(nn.Module):
@@ -271,20 +63,15 @@ class UNet(nn.Module):
             self.class_embedding = None
 
         self.down_blocks = nn.ModuleList()
-        before = widths[0]
         for i, kind in enumerate(c.down_block_types):
-            inputs = [(before, 0)] + [(widths[i], 0)] * (c.layers_per_block - 1)
-            self.down_blocks.append(Block(c, kind, inputs, widths[i], "down" if i + 1 < c.levels else ""))
-            before = widths[i]
+            build: Callable[..., Level] = SkipDownBlock if kind in SKIP_DOWN else Block
+            self.down_blocks.append(build(c, kind, c.down_inputs(i), widths[i], "down" if i + 1 < c.levels else ""))
         self.mid_block = MidBlock(c, widths[-1]) if c.mid_block_type is not None else None
         self.up_blocks = nn.ModuleList()
         for i, kind in enumerate(c.up_block_types):
-            channels = widths[-1 - i]
-            skips = [channels] * c.layers_per_block + [widths[max(c.levels - 2 - i, 0)]]
-            inputs = [(before if j == 0 else channels, skip) for j, skip in enumerate(skips)]
-            self.up_blocks.append(Block(c, kind, inputs, channels, "up" if i + 1 < c.levels else ""))
-            before = channels
-        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
+            build = SkipUpBlock if kind in SKIP_UP else Block
+            self.up_blocks.append(build(c, kind, c.up_inputs(i), widths[-1 - i], "up" if i + 1 < c.levels else ""))
+        self.conv_norm_out = nn.GroupNorm(c.groups(widths[0]), widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
         start = 0
@@ -354,29 +141,36 @@ class UNet(nn.Module):
     def run(self, x: Tensor, time: TimeRows, ops: Ops | None = None) -> Tensor:
         """The network after the time embedding: x [N, C, H, W] in the model's dtype -> [N, out, H, W]."""
         ops = ops or self.ops or reference()
-        h = self.features(x, time, ops)
-        y = ops.leave(ops.conv(h, self.conv_out.weight, self.conv_out.bias))
+        h, image = self._features(x, time, ops)
+        y = ops.leave(ops.conv(h, self.conv_out.weight, self.conv_out.bias, residual=image))
         return time.divide(y) if self.config.time_embedding_type == "fourier" else y
 
     def features(self, x: Tensor, time: TimeRows, ops: Ops) -> Feature:
-        """All of `run` before the last convolution."""
+        """All of `run` before the last convolution, where that is the end: `UNetConfig.ends_in_conv_out`."""
+        return self._features(x, time, ops)[0]
+
+    def _features(self, x: Tensor, time: TimeRows, ops: Ops) -> tuple[Feature, Feature | None]:
+        """What the last convolution reads, and the image of the Skip blocks, which joins its output."""
         if self.config.center_input_sample:
             x = 2 * x - 1
-        h = ops.conv(ops.enter(x), self.conv_in.weight, self.conv_in.bias, with_stats=True)
+        image = ops.enter(x)
+        h = ops.conv(image, self.conv_in.weight, self.conv_in.bias, with_stats=True)
         skips = [h]
         for block in self.down_blocks:
-            h = cast(Block, block).down(ops, h, skips, time)
+            h = cast(Level, block).down(ops, h, skips, time)
+            if isinstance(block, SkipDownBlock) and block.resnet_down is not None:
+                h, image = block.shrink(ops, h, image, time)
+                skips.append(h)
+        image = None
         if self.mid_block is not None:
             h = self.mid_block(ops, h, time)
         # Not a method of Block: this frame would hold the block's input, the largest map there is, to its end.
-        for block in cast(Iterator[Block], iter(self.up_blocks)):
+        for block in cast(Iterator[Level], iter(self.up_blocks)):
             for resnet, attention in block.stages():
                 h = resnet(ops, h, skips.pop(), time)
                 h = h if attention is None else attention(ops, h)
+            if isinstance(block, SkipUpBlock):
+                image = block.add_to(ops, image, h)
             if (upsampler := block.upsampler()) is not None:
                 h = upsampler(ops, h, None, time)
-        return _norm_act(ops, self.conv_norm_out, h, "silu")
-
-
-def _norm_act(ops: Ops, norm: nn.GroupNorm, x: Feature, act: str, **kwargs: object) -> Feature:
-    return ops.norm_act(x, norm.weight, norm.bias, norm.num_groups, norm.eps, act=act, **kwargs)
+        return norm_act(ops, self.conv_norm_out, h, "silu"), image

@@ -201,6 +201,23 @@ def downsample(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
+def fir_upsample(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W] by the filter (1, 3, 3, 1) / 4 on both axes, zeros outside the image.
+
+    The resampling of NCSN++ (Song et al. 2021). Inside the image that is bilinear interpolation.
+    """
+    wide = F.pad(_wide(x), (1, 1, 1, 1))
+    return F.interpolate(wide, scale_factor=2.0, mode="bilinear")[:, :, 2:-2, 2:-2].to(x.dtype)
+
+
+def fir_downsample(x: Tensor) -> Tensor:
+    """[N, C, H, W], H and W even -> [N, C, H / 2, W / 2] by the filter (1, 3, 3, 1) / 8, zeros outside."""
+    h = F.pad(_wide(x), (1, 1, 1, 1))
+    h = (h[..., 0:-3:2] + h[..., 3::2] + 3 * (h[..., 1:-2:2] + h[..., 2:-1:2])) / 8
+    h = (h[:, :, 0:-3:2] + h[:, :, 3::2] + 3 * (h[:, :, 1:-2:2] + h[:, :, 2:-1:2])) / 8
+    return h.to(x.dtype)
+
+
 def attention(
     qkv: Tensor,  # [N, 3 * D, H, W]: all of q, then k, then v; inside each, head after head
     heads: int,

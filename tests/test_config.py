@@ -9,9 +9,9 @@ from typing import Any
 
 import diffusers
 import pytest
-from models import TINY, normal, unet
+from models import TINY, diffusers_unet, normal, unet
 
-from ddpm_fast.config import EXTENSIONS, NOT_SUPPORTED_YET, UNetConfig
+from ddpm_fast.config import EXTENSIONS, UNetConfig
 
 
 def test_fields_and_defaults_are_upstream_s():
@@ -61,7 +61,7 @@ NUMBER = "a positive number"
 BOOLEAN = "true or false"
 WRONG: list[tuple[str, Any, str]] = [
     *[(n, v, POSITIVE) for n in ("in_channels", "out_channels", "layers_per_block") for v in (0, 1.5, True, None)],
-    ("norm_num_groups", None, POSITIVE),
+    ("norm_num_groups", 0, POSITIVE_OR_NULL),
     *[
         (n, v, POSITIVE_OR_NULL)
         for n in ("time_embedding_dim", "num_class_embeds", "attention_head_dim")
@@ -108,8 +108,8 @@ def test_a_wrong_field_says_which_what_came_and_what_is_allowed(name: str, value
         ({"block_out_channels": ()}, "UNetConfig.block_out_channels must be a list of positive integers; got ()"),
         (
             {"down_block_types": ("DownBlock2D", "UpBlock2D")},
-            "UNetConfig.down_block_types must be made of DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D; "
-            "got 'UpBlock2D'",
+            "UNetConfig.down_block_types must be made of DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D, "
+            "SkipDownBlock2D, AttnSkipDownBlock2D; got 'UpBlock2D'",
         ),
         (
             {"time_embedding_type": "learned"},
@@ -140,8 +140,40 @@ def test_groups_divide_every_level_and_so_every_concatenation():
         UNetConfig(**{**values, "norm_num_groups": 8})
 
 
-@pytest.mark.parametrize("kind", NOT_SUPPORTED_YET)
-def test_skip_blocks_are_not_supported_yet(kind: str):
-    name = "down_block_types" if "Down" in kind else "up_block_types"
-    with pytest.raises(ValueError, match=rf"UNetConfig.{name}: {kind} \(NCSN\+\+ .*\) is not supported yet"):
-        UNetConfig(**{**TINY, name: (kind, kind)})
+SKIPS = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"in_channels": 1}, "UNetConfig.in_channels must be 3 with Skip blocks, whose side path is RGB; got 1"),
+        ({"out_channels": 6}, "UNetConfig.out_channels must be 3 with Skip blocks, whose side path is RGB; got 6"),
+        (
+            {"block_out_channels": (8, 14), "norm_num_groups": 2},
+            "UNetConfig.block_out_channels must be such that SkipDownBlock2D can part 14 in 3 groups; got (8, 14)",
+        ),
+        (
+            {"block_out_channels": (3, 20), "norm_num_groups": 1},
+            "UNetConfig.block_out_channels must be such that SkipDownBlock2D can part 3 in 0 groups; got (3, 20)",
+        ),
+        (
+            {"down_block_types": ("AttnSkipDownBlock2D", "SkipDownBlock2D"), "block_out_channels": (8, 8)},
+            "UNetConfig.block_out_channels must be such that AttnSkipDownBlock2D can part 8 in 32 groups; got (8, 8)",
+        ),
+        (
+            {"up_block_types": ("SkipUpBlock2D", "UpBlock2D")},
+            "UNetConfig needs Skip blocks before all others on the way down, and behind them on the way up; got "
+            "SkipDownBlock2D, SkipDownBlock2D and SkipUpBlock2D, UpBlock2D",
+        ),
+        (
+            {"up_block_types": ("UpBlock2D", "SkipUpBlock2D"), "norm_num_groups": None},
+            "UNetConfig.norm_num_groups must be a positive integer with UpBlock2D; null is for Skip blocks; got None",
+        ),
+    ],
+)
+def test_what_skip_blocks_need(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError) as error:
+        UNetConfig(**{**TINY, **SKIPS, **values})
+    with pytest.raises((RuntimeError, TypeError, ValueError, ZeroDivisionError)):  # and upstream does not run it
+        diffusers_unet({**TINY, **SKIPS, **values})(normal(1, values.get("in_channels", 3), 8, 8), 1)
+    assert str(error.value) == message

@@ -50,6 +50,19 @@ THREE_LEVELS = {
     "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"),
     "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 }
+# As google/ncsnpp-celebahq-256 and the like are, at a quarter of the width and three of the seven levels.
+NCSNPP: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "time_embedding_type": "fourier",
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+    "mid_block_scale_factor": 2**0.5,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": TINY,
     "google": {**TINY, **GOOGLE, "layers_per_block": 2},
@@ -90,6 +103,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "up_block_types": ("UpBlock2D",),
     },
     "wide": {**TINY, "sample_size": (8, 14)},
+    "ncsnpp": NCSNPP,
+    "skip_blocks_all_with_attention": {
+        **NCSNPP,
+        "block_out_channels": (32, 96),  # of 32 groups, 24 and, by upstream's slip, 32
+        "down_block_types": ("AttnSkipDownBlock2D",) * 2,
+        "up_block_types": ("AttnSkipUpBlock2D",) * 2,
+        "time_embedding_type": "positional",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 4,
+        "attention_head_dim": 16,
+        "sample_size": (4, 12),
+        "center_input_sample": True,
+        "num_class_embeds": 5,
+        "act_fn": "gelu",
+    },
+    "skip_blocks_beside_others": {
+        **TINY,
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D", "SkipDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"),
+    },
+    "a_last_skip_block_alone": {**TINY, "up_block_types": ("AttnUpBlock2D", "SkipUpBlock2D"), "out_channels": 6},
 }
 TOLERANCE = 1e-5  # of the output's RMS: float32 sums in another order, over some dozen layers
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_convert, cli_engine, cli_evaluate
+from . import cli_bench, cli_convert, cli_engine, cli_evaluate, cli_export, cli_sample
 from .cli_options import Device, Preset, Settings, Source, assignments, chosen_device
 
 # Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
@@ -24,69 +24,7 @@ app = typer.Typer(
     help="Denoising diffusion (DDPM), exact and fast: sample, train, inspect.",
 )
 
-
-@app.command()
-def sample(
-    source: Source = None,
-    n: Annotated[int, typer.Option("-n", help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(help="Image k of a seed is always the same image.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Respaced chain of this many steps. Default: all.")] = None,
-    method: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
-    eta: Annotated[float, typer.Option(help="Of ddim: 0 deterministic ... 1.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 64,
-    label: Annotated[int | None, typer.Option(help="Class of a class-conditional model.")] = None,
-    first_id: Annotated[int, typer.Option(help="Start at image FIRST_ID of the seed.")] = 0,
-    device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
-    out: Annotated[Path, typer.Option(help=".png: a grid; .npz: arr_0 uint8 NHWC; else a folder of PNGs.")] = Path(
-        "samples.png"
-    ),
-    film: Annotated[Path | None, typer.Option(help="Also the denoising: .png strip or .gif.")] = None,
-    preset: Preset = None,
-    settings: Settings = None,
-) -> None:
-    """Draw images. With no argument: 16 from the bundled model into samples.png."""
-    from . import images
-    from .checkpoints import load
-    from .sampler import DTYPES, Sampler, to_uint8
-
-    if n < 1:
-        raise ValueError(f"-n must be at least 1; got {n}")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-    if film is not None and film.suffix.lower() not in (".png", ".gif"):
-        raise ValueError(f"--film must end in .png or .gif; got {film}")
-    if out.suffix and out.suffix.lower() not in (".png", ".npz") and not out.is_dir():
-        raise ValueError(f"--out must be a .png, an .npz or a folder; got {out}")
-    for path in (out, film):
-        if path is not None:  # now, not when the images are drawn
-            images.make_folder(path.parent if path.suffix else path)
-    where = chosen_device(device)
-    checkpoint = load(source, preset, assignments(settings))
-    sampler = Sampler(
-        checkpoint.model,
-        checkpoint.schedule,
-        batch_size=min(batch_size, n) if batch_size > 0 else batch_size,
-        steps=steps,
-        method=method,
-        eta=eta,
-        dtype=DTYPES[dtype],
-        device=where,
-    )
-    reel = images.Film(len(sampler.table), to_uint8) if film is not None else None
-    drawn = sampler.sample(n, seed, label, first_id, progress=True, callback=None if reel is None else reel.callback)
-    pixels = to_uint8(drawn).cpu().numpy()
-    if out.suffix.lower() == ".npz":
-        import numpy as np
-
-        images.save_npz(out, pixels, None if label is None else np.full(n, label))
-    elif out.suffix.lower() == ".png":
-        images.save_picture(out, images.grid(pixels))
-    else:
-        images.save_folder(out, pixels, range(first_id, first_id + n))
-    if reel is not None and film is not None:
-        reel.save(film)
-    print(f"{n} image{'s' * (n != 1)} in {out}" + (f", the denoising in {film}" if film is not None else ""))
+app.command()(cli_sample.sample)
 
 
 @app.command()
@@ -152,8 +90,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     print(json.dumps(facts, indent=2) if as_json else diagnose_text(facts))
 
 
-for command in (cli_engine.verify, cli_engine.plan, cli_convert.convert, cli_evaluate.evaluate):
+for command in (cli_engine.verify, cli_engine.plan, cli_export.export, cli_convert.convert, cli_evaluate.evaluate, cli_bench.roofs):
     app.command()(command)
+app.command(cls=cli_bench.SeveralValues)(cli_bench.bench)
 
 
 def main() -> None:

@@ -28,13 +28,15 @@ ALLOWED_IN_KERNELS = {"torch", "triton", "numpy"}
 # anywhere, as long as it closes no circle.
 LAYERS = [
     {"kernels", "_version"},
-    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed", "whole_files", "store_claims"},
+    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed"}
+    | {"whole_files", "store_claims"},
     {"ops", "ops_triton", "step_table", "noise", "diffusion", "data"},
     {"time_rows", "unet", "presets", "ema", "train_state"},
-    {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"},
+    {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"}
+    | {"store", "store_manifest", "store_export"},
     {"sampler", "inspection"},
-    {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline"},
-    {"training_cli", "cli_options", "cli_engine", "cli_convert", "cli_bench"},
+    {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline", "workers"},
+    {"training_cli", "cli_options", "cli_engine", "cli_convert", "cli_bench", "cli_sample", "cli_export"},
     {"cli"},
     {"__main__", "__init__"},
 ]

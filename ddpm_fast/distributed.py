@@ -104,7 +104,8 @@ class World:
 
     def on_first(self, work: Callable[[], T]) -> T:
         """``work`` on rank 0 alone; its result, or OtherProcessFailed, everywhere else."""
-        return self.share(self.together(lambda: work() if self.first else None))  # type: ignore[arg-type]
+        result: Any = self.together(lambda: work() if self.first else None)
+        return self.share(result)
 
 
 def of_environment(environment: Mapping[str, str] | None = None) -> World:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,25 +87,46 @@ def load_latest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], adjustable: frozenset[str]) -> None:
-    """Compares what decides a run (nested plain dicts), and raises ResumeError naming every difference.
+    """Compares what decides a run, and raises ResumeError naming every difference."""
+    found = differences(saved, now, adjustable)
+    if found:
+        raise ResumeError(
+            "a resumed run must have the settings it began with; "
+            + "; ".join(f"{name}: was {old!r}, now {new!r}" for name, old, new in found)
+            + ". Set them back, or train into another folder"
+        )
+
+
+def check_same_everywhere(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where the processes of one run (by rank) have different data or settings."""
+    for rank, other in enumerate(settings):
+        found = differences(settings[0], other)
+        if found:
+            raise ValueError(
+                "all processes of a run need the same data and settings; "
+                + "; ".join(f"{name}: process 0 has {a!r}, process {rank} {b!r}" for name, a, b in found)
+                + ". Give each the same arguments and files"
+            )
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], ignored: frozenset[str] = frozenset()
+) -> list[tuple[str, Any, Any]]:
+    """(name, in a, in b) of what differs between nested plain dicts.
 
     A setting that only one side knows (a newer version has more) is not compared.
     """
-    differences = []
-    for section in now:
-        old, new = saved.get(section), now[section]
+    found = []
+    for section in b:
+        old, new = a.get(section), b[section]
         if not isinstance(new, Mapping) or not isinstance(old, Mapping):
             if old != new:
-                differences.append(f"{section}: was {old!r}, now {new!r}")
+                found.append((section, old, new))
             continue
-        for key in sorted((set(old) & set(new)) - adjustable):
+        for key in sorted((set(old) & set(new)) - ignored):
             if old[key] != new[key]:
-                differences.append(f"{section}.{key}: was {old[key]!r}, now {new[key]!r}")
-    if differences:
-        raise ResumeError(
-            "a resumed run must have the settings it began with; " + "; ".join(differences) + ". "
-            "Set them back, or train into another folder"
-        )
+                found.append((f"{section}.{key}", old[key], new[key]))
+    return found
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -3,6 +3,10 @@
 Every random draw of step k comes from generators seeded by (seed, k), and the order of the images by
 (seed, epoch). So a step is a function of the weights before it, the settings, the data and k alone; no random
 state is saved, and a resumed run repeats the uninterrupted one bit for bit on the same machine.
+
+Several processes take contiguous parts of that same batch, with the images, flips, labels, timesteps and noise that
+one process alone would draw, and average their gradients: the step is that of one process but for the order of sums.
+Dropout alone differs, since each process draws the masks of its own part.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import train_state
 from .config import UNetConfig
 from .data import DataError, ImageData
 from .diffusion import training_loss
+from .distributed import World
 from .ema import EMA
 from .presets import TrainConfig, learning_rate
 from .schedule import Schedule
@@ -26,19 +32,21 @@ from .unet import UNet
 
 # Independent streams of random numbers, each indexed by the step (ORDER: by the epoch).
 INIT, ORDER, FLIP, LABEL, DIFFUSION, DROPOUT = range(6)
+ALONE = World()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What step k trains on, on the device."""
+    """What step k trains on, on the device: of several processes, this one's part of it."""
 
     x0: Tensor  # [N, C, H, W] in [-1, 1]
     labels: Tensor | None  # [N]
 
 
-def stream_seed(seed: int, stream: int, index: int) -> int:
+def stream_seed(seed: int, stream: int, index: int, rank: int = 0) -> int:
     """A 63-bit seed for one stream at one index; unrelated for any two different arguments."""
-    words = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
+    entropy = [seed, stream, index] if rank == 0 else [seed, stream, index, rank]
+    words = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(words[0]) >> 1
 
 
@@ -64,19 +72,23 @@ def batch_index(count: int, batch_size: int, seed: int, step: int) -> np.ndarray
     return np.concatenate(parts)
 
 
-def make_batch(data: ImageData, config: TrainConfig, step: int, device: torch.device) -> Batch:
-    """Images, flips and dropped labels of ``step``: a function of its arguments alone."""
+def make_batch(data: ImageData, config: TrainConfig, step: int, device: torch.device, world: World = ALONE) -> Batch:
+    """Images, flips and dropped labels of ``step``: a function of its arguments alone.
+
+    The draws are those of the whole batch, of which a process keeps its part.
+    """
     index = batch_index(len(data), config.batch_size, config.seed, step)
-    pixels = torch.from_numpy(data.batch(index))
+    count, part = len(index), world.part(len(index))
+    pixels = torch.from_numpy(data.batch(index[part]))
     if config.flip:
-        mirrored = torch.rand(len(index), generator=generator(config.seed, FLIP, step)) < 0.5
+        mirrored = (torch.rand(count, generator=generator(config.seed, FLIP, step)) < 0.5)[part]
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     labels = None
     if data.labels is not None:
-        labels = torch.from_numpy(data.labels[index])
+        labels = torch.from_numpy(data.labels[index[part]])
         if config.label_dropout > 0:
-            dropped = torch.rand(len(index), generator=generator(config.seed, LABEL, step)) < config.label_dropout
-            labels = labels.masked_fill(dropped, data.num_classes)
+            dropped = torch.rand(count, generator=generator(config.seed, LABEL, step)) < config.label_dropout
+            labels = labels.masked_fill(dropped[part], data.num_classes)
         labels = labels.to(device, non_blocking=True)
     x0 = pixels.to(device, non_blocking=True).float() / 127.5 - 1
     return Batch(x0, labels)
@@ -155,9 +167,15 @@ class Trainer:
         config: TrainConfig,
         device: torch.device,
         init_from: nn.Module | None = None,
+        world: World = ALONE,
     ):
         check_fit(data, model_config, schedule, config)
-        self.data, self.schedule, self.config, self.device = data, schedule, config, device
+        if config.batch_size < world.size:
+            raise ValueError(
+                f"batch_size is that of all processes together, and each needs an image of it; got batch_size "
+                f"{config.batch_size} for {world.size} processes"
+            )
+        self.data, self.schedule, self.config, self.device, self.world = data, schedule, config, device, world
         torch.manual_seed(stream_seed(config.seed, INIT, 0))
         model = UNet(model_config)
         if init_from is not None:
@@ -178,28 +196,58 @@ class Trainer:
         )
         self.dtype = resolve_precision(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.network: nn.Module = self.model  # what is called: around the model, where gradients are averaged
+
+    def connect(self) -> None:
+        """From here on, gradients are averaged over all processes, which call this and each `step` together."""
+        if self.world.size == 1:
+            return
+        index = [self.device] if self.device.type == "cuda" else None
+        self.network = DistributedDataParallel(self.model, device_ids=index, gradient_as_bucket_view=True)
+        # After its first backward pass DDP lays its buckets out anew, by the order in which gradients came. Where an
+        # element lies decides the order of its sum over three and more processes, so that this happens before step
+        # one: a resumed run then sums as the uninterrupted one did.
+        x0 = torch.zeros(1, *self.data.image_shape, device=self.device).contiguous(memory_format=self.layout)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._loss(x0, zero, torch.zeros_like(x0), zero).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, k: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Step ``k`` (0-based) of Algorithm 1 -> loss and gradient norm before clipping, 0-dim on the device."""
+        """Step ``k`` (0-based) of Algorithm 1 -> loss and gradient norm before clipping, 0-dim on the device.
+
+        The losses of all processes add up to that of the whole batch; the norm is the averaged gradient's.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, k)
-        torch.manual_seed(stream_seed(self.config.seed, DROPOUT, k))
-        draw = generator(self.config.seed, DIFFUSION, k, self.device)
+        torch.manual_seed(stream_seed(self.config.seed, DROPOUT, k, self.world.rank))
         x0 = batch.x0.contiguous(memory_format=self.layout)
-        t = torch.randint(0, self.schedule.num_train_timesteps, (len(x0),), generator=draw, device=self.device)
-        noise = torch.randn(x0.shape, generator=draw, device=self.device)
-        labels = batch.labels if self.model.config.num_class_embeds is not None else None
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = training_loss(self.model, self.schedule, x0, t=t, noise=noise, labels=labels)
+        count = len(x0) if self.world.size == 1 else self.config.batch_size
+        t, noise = self._draw(k, count, x0)
+        loss = self._loss(x0, t, noise, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        # DDP averages over processes, which may have unequal parts of the batch.
+        weight = len(x0) * self.world.size / count
+        self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.model, k)
-        return loss.detach(), norm
+        loss = loss.detach()
+        return loss if len(x0) == count else loss * (len(x0) / count), norm
+
+    def _draw(self, k: int, count: int, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """t [N] and noise like x0, of this process' part of ``count`` images."""
+        draw, part = generator(self.config.seed, DIFFUSION, k, self.device), self.world.part(count)
+        t = torch.randint(0, self.schedule.num_train_timesteps, (count,), generator=draw, device=self.device)
+        noise = torch.randn((count, *x0.shape[1:]), generator=draw, device=self.device)
+        return t[part], noise[part]
+
+    def _loss(self, x0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
+        labels = labels if self.model.config.num_class_embeds is not None else None
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return training_loss(self.network, self.schedule, x0, t=t, noise=noise, labels=labels)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the run, as plain values: what a resumed run must have again."""

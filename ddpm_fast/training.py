@@ -1,7 +1,8 @@
 """Training of a DDPM: ``train`` runs Algorithm 1, records it, and goes on after a kill.
 
 The run's folder holds the model in the diffusers layout (EMA weights), and beside it ``state/`` (the last two
-training states), ``log.jsonl``, ``samples/`` and ``train_config.json``.
+training states), ``log.jsonl``, ``samples/`` and ``train_config.json``. Under torchrun every process computes its
+part of each batch, and rank 0 alone reads and writes the folder.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import train_state
+from . import distributed, train_state
 from .checkpoints import diffusers
 from .config import UNetConfig
 from .data import ImageData
@@ -54,7 +55,7 @@ def train(
     model_config: UNetConfig,
     schedule: Schedule,
     train_config: TrainConfig,
-    device: str | torch.device | None = None,  # None: CUDA if there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA if there is one, else the CPU; of several, each its own
     resume: bool = True,
     progress: bool = True,  # a bar, if stderr is a terminal
     init_from: nn.Module | None = None,  # weights to begin with, for a new run only
@@ -63,13 +64,19 @@ def train(
 
     SIGINT and SIGTERM save a state and return with ``finished=False``; a second one interrupts at once.
 
+    In processes that torchrun started, or that have a process group, all train one run together: batch_size is that
+    of the whole, and the loss curve is that of one process but for the order of sums (and for dropout's masks). A run
+    may go on with another number of processes. A signal to one stops all after the same step.
+
     Raises ResumeError if ``out`` holds a run with other settings (each named), or any run with ``resume=False``;
-    TrainingDiverged if the loss becomes NaN or infinite; ValueError if data and model do not fit.
+    TrainingDiverged if the loss becomes NaN or infinite; ValueError if data and model do not fit. Of several
+    processes one raises it, and the others `distributed.OtherProcessFailed`.
     """
     out = Path(out)
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    with _own_random_state(where), _deterministic(where):
-        trainer = Trainer(data, model_config, schedule, train_config, where, init_from)
+    where = distributed.own_device(where, distributed.of_environment())
+    with distributed.join(where) as world, _own_random_state(where), _deterministic(where):
+        trainer = world.together(lambda: Trainer(data, model_config, schedule, train_config, where, init_from, world))
         run = _Run(trainer, out, progress)
         run.open(resume)
         return run.loop()
@@ -79,7 +86,8 @@ class _Run:
     """The loop around ``Trainer.step``: prefetching, records, states."""
 
     def __init__(self, trainer: Trainer, out: Path, progress: bool):
-        self.trainer, self.config, self.out, self.progress = trainer, trainer.config, out, progress
+        self.trainer, self.config, self.out = trainer, trainer.config, out
+        self.world, self.progress = trainer.world, progress and trainer.world.first
         self.settings = trainer.settings()
         self.start = 0
         self.elapsed_before_s = 0.0
@@ -91,6 +99,16 @@ class _Run:
 
     def open(self, resume: bool) -> None:
         """Loads the newest state, if there is one, and cuts the log back to it."""
+        everywhere = self.world.gather(self.settings)
+        self.world.together(lambda: train_state.check_same_everywhere(everywhere))
+        state = self.world.on_first(lambda: self._open_folder(resume))
+        if state is not None:
+            self.trainer.load(state)
+            self.start, self.elapsed_before_s = int(state["step"]), float(state["elapsed_s"])
+        self.trainer.connect()
+
+    def _open_folder(self, resume: bool) -> dict[str, Any] | None:
+        """The newest state of this very run; the log is cut back to it, and the settings are written."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = train_state.load_latest_state(self.out / "state")
         if state is not None:
@@ -98,20 +116,19 @@ class _Run:
                 raise ResumeError(f"{self.out} holds a run at step {state['step']}; resume it or give another folder")
             ignored = ADJUSTABLE | ({"steps"} if self.config.lr_schedule == "constant" else set())
             train_state.check_same_run(state["settings"], self.settings, frozenset(ignored))
-            self.trainer.load(state)
-            self.start, self.elapsed_before_s = int(state["step"]), float(state["elapsed_s"])
-        train_state.cut_log(self.out / "log.jsonl", self.start)
+        train_state.cut_log(self.out / "log.jsonl", 0 if state is None else int(state["step"]))
         train_state.write_json(self.out / "train_config.json", {**self.settings, "source": self.trainer.data.source})
+        return state
 
     def loop(self) -> TrainResult:
         self._began_s = time.perf_counter()
         self._reset_interval()
         done = self.start
         if done >= self.config.steps:  # a kill may have come between the last state and its export
-            self._export()
+            self.world.on_first(self._export)
         with (
             _stop_signals() as stop,
-            open(self.out / "log.jsonl", "a", encoding="utf-8") as log,
+            self._open_log() as log,
             tqdm(initial=done, total=self.config.steps, unit="step", disable=None if self.progress else True) as bar,
         ):
             for k, batch in self._batches():
@@ -121,16 +138,24 @@ class _Run:
                 done = k + 1
                 bar.update()
                 last = done == self.config.steps
+                stopping = self.world.any(stop.is_set())
                 if last or done % self.config.log_every == 0:
                     self._record(log, bar, done, norm)
-                if last or stop.is_set() or done % self.config.checkpoint_every == 0:
+                if last or stopping or done % self.config.checkpoint_every == 0:
                     self._check_finite(done, float(norm))
-                    self._save(done)
+                    self._on_first(self._save, done)
                 if self.config.sample_every and (last or done % self.config.sample_every == 0):
-                    self._preview(done)
-                if stop.is_set():
+                    self._on_first(self._preview, done)
+                if stopping:
                     break
         return TrainResult(self.out, done, done >= self.config.steps, self.loss)
+
+    def _open_log(self) -> AbstractContextManager[Any]:
+        return open(self.out / "log.jsonl", "a", encoding="utf-8") if self.world.first else nullcontext()
+
+    def _on_first(self, work: Callable[[int], None], done: int) -> None:
+        """The others wait, as they would in the next step, and hear of it if it fails."""
+        self.world.on_first(lambda: work(done))
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """Each step's batch, made while the step before it runs."""
@@ -138,15 +163,14 @@ class _Run:
         with ThreadPoolExecutor(1) as pool:
             ahead = None
             for k in range(self.start, steps):
-                made = ahead or pool.submit(make_batch, trainer.data, self.config, k, trainer.device)
+                made = ahead or pool.submit(make_batch, trainer.data, self.config, k, trainer.device, self.world)
                 batch = made.result()
                 if k + 1 < steps:
-                    ahead = pool.submit(make_batch, trainer.data, self.config, k + 1, trainer.device)
+                    ahead = pool.submit(make_batch, trainer.data, self.config, k + 1, trainer.device, self.world)
                 yield k, batch
 
     def _record(self, log: Any, bar: Any, done: int, norm: Tensor) -> None:
-        self._check_finite(done, float(norm))
-        mean = float(self._loss_sum) / self._interval_steps
+        mean = self._check_finite(done, float(norm)) / self._interval_steps
         now_s = time.perf_counter()
         images_per_s = self._interval_steps * self.config.batch_size / max(now_s - self._interval_began_s, 1e-9)
         entry = {
@@ -157,8 +181,9 @@ class _Run:
             "images_per_s": round(images_per_s, 2),
             "elapsed_s": round(self._elapsed_s(), 3),
         }
-        log.write(json.dumps(entry) + "\n")
-        log.flush()
+        if self.world.first:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
         bar.set_postfix_str(f"loss {mean:.4f}, {images_per_s:.0f} images/s")
         self.loss = mean
         self._reset_interval()
@@ -171,14 +196,20 @@ class _Run:
     def _elapsed_s(self) -> float:
         return self.elapsed_before_s + time.perf_counter() - self._began_s
 
-    def _check_finite(self, done: int, norm: float) -> None:
+    def _check_finite(self, done: int, norm: float) -> float:
+        """The sum of the whole batches' losses since the last record. TrainingDiverged, everywhere, if it is none."""
+        loss_sum = self.world.sum(float(self._loss_sum))
         # With fp16 an infinite gradient is ordinary: the scaler skips that update and lowers its factor.
         bad_norm = not math.isfinite(norm) and not self.trainer.scaler.is_enabled()
-        if bad_norm or not math.isfinite(float(self._loss_sum)):
-            raise TrainingDiverged(
-                f"loss and gradient must stay finite; at step {done} the loss sum is {float(self._loss_sum)} and the "
-                f"gradient norm {norm}. States before it are in {self.out / 'state'}; lower lr or raise warmup_steps"
-            )
+        if bad_norm or not math.isfinite(loss_sum):
+            self.world.together(lambda: self._diverged(done, loss_sum, norm))
+        return loss_sum
+
+    def _diverged(self, done: int, loss_sum: float, norm: float) -> None:
+        raise TrainingDiverged(
+            f"loss and gradient must stay finite; at step {done} the loss sum is {loss_sum} and the "
+            f"gradient norm {norm}. States before it are in {self.out / 'state'}; lower lr or raise warmup_steps"
+        )
 
     def _save(self, done: int) -> None:
         state = {

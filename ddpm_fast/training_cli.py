@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from . import distributed
 from .config import UNetConfig
-from .data import load_data
+from .data import ImageData, load_data
 from .presets import TrainConfig
 from .presets import preset as preset_by_name
 from .schedule import Schedule
@@ -28,7 +29,35 @@ def run(
     device: torch.device,
     overrides: dict[str, Any],
 ) -> bool:
-    """Train to the end, or until a signal: then False. ValueError for settings that do not exist or fit."""
+    """Train to the end, or until a signal: then False. ValueError for settings that do not exist or fit.
+
+    Under torchrun rank 0 speaks for all, or the process that failed: the others end with its exit code, silently.
+    """
+    where = distributed.own_device(device, distributed.of_environment())
+    try:
+        with distributed.join(where) as world:
+            prepared = world.together(
+                lambda: _prepare(data, preset_name, image_size, label_dropout, unconditional, strict, overrides)
+            )
+            result = train(prepared[0], out, *prepared[1:], where)
+    except distributed.OtherProcessFailed:
+        raise SystemExit(2) from None
+    if not world.first:
+        raise SystemExit(0 if result.finished else 130)
+    if result.finished:
+        print(f"trained {result.step:,} steps; the model is in {out}: ddpm-fast sample {out}")
+    return result.finished
+
+
+def _prepare(
+    data: str,
+    preset_name: str,
+    image_size: int | None,
+    label_dropout: float,
+    unconditional: bool,
+    strict: bool,
+    overrides: dict[str, Any],
+) -> tuple[ImageData, UNetConfig, Schedule, TrainConfig]:
     preset = preset_by_name(preset_name)
     parts = split_overrides(overrides)
     config = replace(preset.train, label_dropout=label_dropout or preset.train.label_dropout)
@@ -43,11 +72,7 @@ def run(
     if config.label_dropout and not images.num_classes:
         raise ValueError("label dropout needs labelled images: put each class in a folder of its own")
     model = UNetConfig(**preset.model_for(images, config.label_dropout, **parts[UNetConfig]))
-    schedule = Schedule(**{**preset.schedule, **parts[Schedule]})
-    result = train(images, out, model, schedule, config, device)
-    if result.finished:
-        print(f"trained {result.step:,} steps; the model is in {out}: ddpm-fast sample {out}")
-    return result.finished
+    return images, model, Schedule(**{**preset.schedule, **parts[Schedule]}), config
 
 
 def split_overrides(overrides: dict[str, Any]) -> dict[type, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_bench, cli_convert, cli_engine, cli_evaluate, cli_export, cli_sample
+from . import cli_bench, cli_convert, cli_engine, cli_evaluate, cli_export, cli_profile, cli_sample
 from .cli_options import Device, Preset, Settings, Source, assignments, chosen_device
 
 # Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
@@ -90,7 +90,15 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     print(json.dumps(facts, indent=2) if as_json else diagnose_text(facts))
 
 
-for command in (cli_engine.verify, cli_engine.plan, cli_export.export, cli_convert.convert, cli_evaluate.evaluate, cli_bench.roofs):
+for command in (
+    cli_engine.verify,
+    cli_engine.plan,
+    cli_export.export,
+    cli_convert.convert,
+    cli_evaluate.evaluate,
+    cli_bench.roofs,
+    cli_profile.profile,
+):
     app.command()(command)
 app.command(cls=cli_bench.SeveralValues)(cli_bench.bench)
 

@@ -7,6 +7,8 @@ driver nothing is sampled, and `Watch.reason` says why in one line.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 import time
@@ -50,7 +52,7 @@ class Series:
     seconds: float  # from begin to end of the watch, or to the loss of the device
     missing: Mapping[str, str]  # field -> why it is None throughout
     energy_j: float | None
-    energy_source: str  # "counter", "integral of power", or why there is none
+    energy_source: str  # "energy counter", "integral of power", or why there is none
     lost: str | None = None  # why the samples end early
     notes: tuple[str, ...] = ()
 
@@ -70,7 +72,7 @@ class Series:
         return max((v for _, v in self.values(field)), default=None)
 
     def idle_gaps(self) -> list[tuple[float, float]]:
-        """Stretches (begin, end) in seconds at 0 % SM utilisation: from the first such sample to the next that is not."""
+        """Stretches (begin, end) in seconds at 0 % SM utilisation: from such a sample to the next that is not."""
         gaps: list[tuple[float, float]] = []
         begin: float | None = None
         for t, percent in self.values("sm_percent"):
@@ -92,7 +94,7 @@ class Series:
 
 def integral(points: Sequence[tuple[float, float]]) -> float:
     """Of (x, y) by trapezoids."""
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(points, points[1:]))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
 
 
 class Identity(NamedTuple):
@@ -211,10 +213,8 @@ class Watch:
         self._thread.join()
         now = self._clock() - self.began
         self.series = tuple(gpu.finish(now) for gpu in self._gpus)
-        try:
+        with contextlib.suppress(self._library.NVMLError):  # a lost GPU may take the library along
             self._library.nvmlShutdown()
-        except self._library.NVMLError:
-            pass  # a lost GPU may take the library along; what was read is kept
 
     def _run(self) -> None:
         while True:
@@ -304,7 +304,7 @@ class _Gpu:
     def _energy_used(self) -> tuple[float | None, str]:
         after = self._counter() if self.lost is None else None
         if self._energy_began is not None and after is not None:
-            return after - self._energy_began, "counter"
+            return after - self._energy_began, "energy counter"
         power = [(s.seconds, s.power_w) for s in self.samples if s.power_w is not None]
         if len(power) > 1:
             return integral(power), "integral of power"

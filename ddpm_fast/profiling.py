@@ -264,8 +264,8 @@ def _notes(calls: Sequence[Call]) -> list[str]:
     if not above:
         return []
     return [
-        f"{above} of {len(calls)} calls are above a roof: their data stayed in a cache, which is faster than memory, or "
-        "they do fewer products than are counted"
+        f"{above} of {len(calls)} calls are above a roof: their data stayed in a cache, which is faster than "
+        "memory, or they do fewer products than are counted"
     ]
 
 
@@ -275,14 +275,17 @@ def limits(p: Profile) -> list[str]:
     for kind in p.kinds():
         lost = max(0.0, kind.seconds - kind.roof_s)
         found.append(
-            (lost, f"{kind.operation}: {kind.share:.0%} of the step, at {kind.roof_s / kind.seconds:.0%} of its roof")
+            (
+                lost,
+                f"{kind.operation} takes {kind.share:.0%} of the step, at {kind.roof_s / kind.seconds:.0%} of its roof",
+            )
         )
     before, between, after = p.gaps_s
     parts = f"{before / p.step_s:.0%} before the first, {between / p.step_s:.0%} between, {after / p.step_s:.0%} after"
-    found.append((p.other_s, f"in no operation: {p.other_s / p.step_s:.0%} of the step ({parts})"))
+    found.append((p.other_s, f"no operation runs for {p.other_s / p.step_s:.0%} of the step ({parts})"))
     found.sort(key=lambda f: -f[0])
     lost_s = sum(lost for lost, _ in found) or 1.0
-    return [f"{text}, {lost / lost_s:.0%} of what is lost" for lost, text in found]
+    return [f"{text}: {lost / lost_s:.0%} of what is lost" for lost, text in found]
 
 
 def step_cost(p: Profile) -> tuple[int, int]:

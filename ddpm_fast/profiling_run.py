@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections import OrderedDict
@@ -39,10 +40,8 @@ def run_steps(
             raise _Enough
         begin()
 
-    try:
+    with contextlib.suppress(_Enough):
         sampler.sample(sampler.batch_size, labels=labels, callback=callback, interval=1)
-    except _Enough:
-        pass
 
 
 def with_ops(sampler: Sampler, ops: Ops, graph: str = "none") -> Sampler:

@@ -112,7 +112,9 @@ def gpu_lines(p: Profile, gpu: Series) -> list[str]:
     ]
     throttled = {name: share for name, share in gpu.throttled().items() if name != "idle"}
     if throttled:
-        text.append("              held back by " + ", ".join(f"{n} ({s:.0%} of samples)" for n, s in throttled.items()))
+        text.append(
+            "              held back by " + ", ".join(f"{n} ({s:.0%} of samples)" for n, s in throttled.items())
+        )
     text += [f"              no {field}: {why}" for field, why in gpu.missing.items()]
     text += [f"              {note}" for note in (*gpu.notes, *([gpu.lost] if gpu.lost else []))]
     return text

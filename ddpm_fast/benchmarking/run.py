@@ -1,0 +1,205 @@
+"""The benchmark itself: check every provider, time those that are right in turns, and say what was found."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoints import Checkpoint
+from ..inspection import model_cost
+from .checks import Judge, full_float32
+from .environment import environment
+from .providers import DTYPES, Case, Provider, Sampling
+from .startup import startup
+from .timing import Clock, Comparison, HostClock, Run, clock_for, compare
+
+if TYPE_CHECKING:
+    from ..roofline import Roofs
+
+BASELINE = "diffusers float32"
+CONVOLUTION = "conv"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed, and how long."""
+
+    batches: Sequence[int]
+    dtypes: Sequence[str]
+    steps: int | None = 20  # of the chain; None: all
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    baseline: str = BASELINE  # "PROVIDER DTYPE"; the first that is right, where it is not among them
+    rounds: tuple[int, int] = (3, 20)
+    budget_s: float = 120.0  # for the rounds of one batch size
+    clock: str = "wall"  # or "cpu": time of this process on all its cores, for ratios on a machine that others use too
+    startups: bool = True  # also each provider's first step and memory, in processes of their own
+
+
+def run(
+    checkpoint: Checkpoint,
+    providers: Sequence[Provider],
+    settings: Settings,
+    roofs: Sequence[Roofs] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Everything, JSON-ready: environment, roofs, and a row for each batch, provider and dtype.
+
+    A row has either a ``reason`` (not available, or failed), or a ``check``; and a speed only where the check holds.
+    """
+    chain = checkpoint.schedule.num_train_timesteps
+    steps = chain if settings.steps is None else min(settings.steps, chain)
+    size = checkpoint.model.config.image_size
+    if size is None:
+        raise ValueError("the model does not state its image size; give it as sample_size")
+    cost = model_cost(checkpoint.model, *size)
+    found: dict[str, Any] = {
+        "environment": environment(settings.device),
+        "source": checkpoint.source,
+        "parameters": cost["parameters"],
+        "gflop_per_image_and_step": cost["flops"] / 1e9,
+        "chain": chain,
+        "timed_steps": steps,
+        "clock": settings.clock,
+        "roofs": [r.facts() for r in roofs],
+        "rows": [],
+    }
+    peaks = {r.dtype: r.flops_per_s(CONVOLUTION) for r in roofs}
+    for batch in settings.batches:
+        case = Case(checkpoint.model, checkpoint.schedule, batch, steps, settings.device)
+        rows = _Batch(case, settings, say).rows(providers)
+        for row in rows:
+            if "ms_a_step" in row:
+                _derive(row, chain, cost["flops"], peaks.get(row["dtype"]))
+        found["rows"] += rows
+        gc.collect()
+    found["environment"]["load_average_after"] = environment(settings.device)["load_average"]
+    return found
+
+
+class _Batch:
+    """One batch size: every provider built and checked, then all timed in turns."""
+
+    def __init__(self, case: Case, settings: Settings, say: Callable[[str], None]):
+        self.case, self.settings, self.say = case, settings, say
+        self.judge = Judge(case)
+
+    def rows(self, providers: Sequence[Provider]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        ready: dict[str, tuple[Sampling, bool]] = {}
+        for provider in providers:
+            for dtype in self.settings.dtypes:
+                row, sampling = self.prepared(provider, dtype)
+                rows.append(row)
+                if sampling is not None:
+                    ready[_name(row)] = sampling, provider.ours
+        if ready:
+            timed = self.timed(ready)
+            for row in rows:
+                if _name(row) in ready:
+                    _fill(row, timed, self.case.steps)
+        ready.clear()
+        if self.settings.startups:
+            self.start(rows, providers)
+        return rows
+
+    def prepared(self, provider: Provider, dtype: str) -> tuple[dict[str, Any], Sampling | None]:
+        """A row, and what draws it where it is available and right."""
+        case, precision = self.case, DTYPES[dtype]
+        row: dict[str, Any] = {"provider": provider.name, "dtype": dtype, "batch": case.batch, "ours": provider.ours}
+        reason = provider.missing(case.device, precision)
+        if reason is not None:
+            return row | {"reason": reason}, None
+        self.say(f"batch {case.batch}: {provider.name} {dtype}: making and checking it")
+        try:
+            with full_float32(provider.ours):
+                sampling = provider.make(case, precision)
+                verdict = self.judge.verdict(sampling, precision, strict=provider.ours)
+        except Exception as error:  # other people's software fails in its own ways, and is not to stop the rest
+            return row | {"reason": f"failed: {_line(error)}", "failed": True}, None
+        row["check"] = verdict.facts()
+        return row, sampling if verdict.ok else None
+
+    def timed(self, ready: dict[str, tuple[Sampling, bool]]) -> Comparison:
+        self.say(f"batch {self.case.batch}: timing {', '.join(ready)}")
+        baseline = self.settings.baseline if self.settings.baseline in ready else next(iter(ready))
+        return compare(
+            {name: _drawing(*made) for name, made in ready.items()},
+            baseline,
+            _clock(self.settings),
+            warmup=1,
+            rounds=self.settings.rounds,
+            budget_s=self.settings.budget_s,
+            repeat=False,
+        )
+
+    def start(self, rows: list[dict[str, Any]], providers: Sequence[Provider]) -> None:
+        by_name = {p.name: p for p in providers}
+        for row in rows:
+            if "ms_a_step" in row:
+                self.say(f"batch {self.case.batch}: {_name(row)}: its first step, in a process of its own")
+                provider = by_name[row["provider"]]
+                case = self.case
+                row["startup"] = startup(provider, row["dtype"], case.model, case.schedule, case.batch, case.device)
+
+
+def _drawing(sampling: Sampling, ours: bool) -> Run:
+    """A trajectory, in the precision in which it was checked."""
+
+    def run() -> None:
+        with full_float32(ours):
+            sampling.chain(0)
+
+    return run
+
+
+def _clock(settings: Settings) -> Clock:
+    return HostClock(time.process_time) if settings.clock == "cpu" else clock_for(settings.device)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['provider']} {row['dtype']}"
+
+
+def _line(error: Exception) -> str:
+    """One line, not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _fill(row: dict[str, Any], timed: Comparison, steps: int) -> None:
+    """The times of one step, and the ratio to the baseline's."""
+    name = _name(row)
+    facts = timed[name].facts()
+    row["ms_a_step"] = {
+        "median": facts["median_ms"] / steps,
+        "quartiles": [q / steps for q in facts["quartiles_ms"]],
+        "min": facts["min_ms"] / steps,
+        "rounds": facts["rounds"],
+    }
+    ratio = timed.ratio(name)
+    row["times_as_fast"] = {"as": timed.baseline, "value": ratio.value, "low": ratio.low, "high": ratio.high}
+
+
+def _derive(row: dict[str, Any], chain: int, flops: int, peak: float | None) -> None:
+    """What follows from the time of a step: images/s, FLOP/s, the first image."""
+    step_s = row["ms_a_step"]["median"] / 1e3
+    row["images_per_s"] = row["batch"] / (step_s * chain)
+    row["tflops"] = flops * row["batch"] / step_s / 1e12
+    row["share_of_convolution_roof"] = None if peak is None else row["tflops"] * 1e12 / peak
+    start = row.get("startup")
+    if start is not None and "failed" not in start:
+        start["first_image_s"] = start["load_s"] + start["first_step_s"] + (chain - 1) * step_s
+
+
+def wrong(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows whose check does not hold, and rows of ours that failed."""
+    return [
+        row
+        for row in found["rows"]
+        if not row.get("check", {"ok": True})["ok"] or (row["ours"] and row.get("failed", False))
+    ]

@@ -9,7 +9,7 @@ import torch
 from . import ops as ops_module
 from .ops import Ops
 
-NAMES = ("auto", "reference", "cpu", "triton")
+NAMES = ("auto", "reference", "cpu", "winograd", "triton")
 
 
 def choose_ops(ops: str | Ops, device: torch.device) -> Ops:

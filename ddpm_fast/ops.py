@@ -18,7 +18,7 @@ from .buffers import Memory
 from .kernels import reference as _reference
 from .recording import Record, recording
 
-__all__ = ["Feature", "Ops", "Record", "cpu", "recording", "reference", "triton"]
+__all__ = ["Feature", "Ops", "Record", "cpu", "recording", "reference", "triton", "winograd"]
 
 Feature = Any  # a feature map as its Ops set represents it; for `reference` a Tensor [N, C, H, W]
 
@@ -111,3 +111,14 @@ def triton() -> Ops:
     from . import ops_triton
 
     return ops_triton.build()
+
+
+def winograd() -> Ops:
+    """`cpu` for long runs: Winograd convolutions whose transforms are compiled once for this processor, in seconds.
+
+    float32 and bfloat16; what has no such form runs as in `cpu`. Gradients do not flow. The compiled transforms
+    are kept in the user's cache folder. Raises RuntimeError where there is no C++ compiler.
+    """
+    from . import ops_winograd
+
+    return ops_winograd.build()

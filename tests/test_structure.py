@@ -30,7 +30,7 @@ LAYERS = [
     {"kernels", "_version"},
     {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed"}
     | {"whole_files", "store_claims"},
-    {"ops", "ops_triton", "step_table", "noise", "diffusion", "data"},
+    {"compiled", "ops", "ops_triton", "ops_cpu", "ops_winograd", "step_table", "noise", "diffusion", "data"},
     {"time_rows", "unet", "presets", "ema", "train_state"},
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"}
     | {"store", "store_manifest", "store_export"},

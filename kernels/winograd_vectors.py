@@ -1,0 +1,239 @@
+"""C++ below winograd_source.py: vectors, maps that are read normalised, threads, moments, normalisation.
+
+Feature maps are [N, H, W, C] in memory; T is their element type, L floats make a vector.
+"""
+
+from __future__ import annotations
+
+VECTORS = r"""
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int L = 16;
+#elif defined(__AVX__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+typedef uint32_t uvec __attribute__((vector_size(4 * L)));
+typedef uint16_t hvec __attribute__((vector_size(2 * L)));
+
+struct bf16 { uint16_t bits; };
+typedef ELEMENT T;
+
+static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
+static inline vec load(const bf16* p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+static inline void store(bf16* p, vec v) {  // to nearest, ties to even
+    uvec u = (uvec)v;
+    u += 0x7fff + ((u >> 16) & 1);
+    hvec h = __builtin_convertvector(u >> 16, hvec);
+    memcpy(p, &h, sizeof h);
+}
+// The same for the n <= L elements at the end of a row of channels.
+template <class E> static inline vec load(const E* p, int n) {
+    if (n == L) return load(p);
+    E part[L];
+    memset(part, 0, sizeof part);
+    memcpy(part, p, n * sizeof(E));
+    return load(part);
+}
+template <class E> static inline void store(E* p, vec v, int n) {
+    if (n == L) return store(p, v);
+    E part[L];
+    store(part, v);
+    memcpy(p, part, n * sizeof(E));
+}
+
+static inline vec exp_vec(vec x) {  // 2^k e^r with |r| <= ln 2 / 2, and a polynomial for e^r; within 2 ulp
+    const vec zero = {};
+    x = x < -87.3f ? zero - 87.3f : x;
+    x = x > 88.3f ? zero + 88.3f : x;
+    vec k = (x * 1.44269504f + 12582912.f) - 12582912.f;
+    vec r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
+    vec e = zero + 1.9875691500e-4f;
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * (r * r) + r + 1.f;
+    return e * (vec)((__builtin_convertvector(k, ivec) + 127) << 23);
+}
+
+enum { RAW, AFFINE, AFFINE_SILU };  // what is done to an element that is read
+
+template <int ACT> static inline vec activated(vec v, const float* scale, const float* shift, int n) {
+    if (ACT == RAW) return v;
+    v = v * load(scale, n) + load(shift, n);
+    return ACT == AFFINE ? v : v / (1.f + exp_vec(-v));
+}
+
+// The virtual concatenation [x, skip] with its normalisation not yet applied.
+struct Map {
+    const T *x, *skip;            // [N, H, W, C1], [N, H, W, C2]
+    const float *scale, *shift;   // [N, C1 + C2]
+    int64_t n, h, w, c1, c2;
+    int64_t channels() const { return c1 + c2; }
+};
+
+template <int ACT, class E>
+static inline void read(E* out, const T* x, int64_t c, const float* scale, const float* shift) {
+    int64_t i = 0;
+    for (; i + L <= c; i += L) store(out + i, activated<ACT>(load(x + i), scale + i, shift + i, L));
+    if (i < c) store(out + i, activated<ACT>(load(x + i, c - i), scale + i, shift + i, c - i), c - i);
+}
+
+// Pixel p (of N H W) of the map, normalised and activated: out [C].
+template <int ACT, class E> static inline void pixel(E* out, const Map& m, int64_t image, int64_t p) {
+    const float *scale = nullptr, *shift = nullptr;
+    if (ACT != RAW) scale = m.scale + image * m.channels(), shift = m.shift + image * m.channels();
+    read<ACT>(out, m.x + p * m.c1, m.c1, scale, shift);
+    if (!m.c2) return;
+    if (ACT != RAW) scale += m.c1, shift += m.c1;
+    read<ACT>(out + m.c1, m.skip + p * m.c2, m.c2, scale, shift);
+}
+
+// GOMP_parallel of the OpenMP that torch has loaded, so that both share one pool of threads; null: one thread.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+static Parallel parallel = nullptr;
+
+template <class Run> struct Work {
+    const Run& run;
+    int64_t count;
+    int threads;
+    std::atomic<int> next;
+    static void share(void* p) {
+        Work& w = *(Work*)p;
+        for (int i; (i = w.next++) < w.threads;) w.run(w.count * i / w.threads, w.count * (i + 1) / w.threads);
+    }
+};
+
+// Calls run(first, last) for each thread's share of count items.
+template <class Run> static void shared(int64_t count, int threads, const Run& run) {
+    threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, count));
+    if (!parallel || threads == 1) return run(0, count);
+    Work<Run> work{run, count, threads, {0}};
+    parallel(Work<Run>::share, &work, threads, 0);
+}
+
+// Sums about the first value seen, so that a large mean costs no digits.
+struct Moments {
+    std::vector<float> pivot, sum, squares;
+    explicit Moments(int64_t c) : pivot(c), sum(c), squares(c) {}
+    void start() {
+        std::fill(sum.begin(), sum.end(), 0.f);
+        std::fill(squares.begin(), squares.end(), 0.f);
+    }
+    void finish(float* out, int64_t c, double count) const {  // [2, C]: mean, centred sum of squares
+        for (int64_t i = 0; i < c; i++) {
+            out[i] = (float)(pivot[i] + sum[i] / count);
+            out[c + i] = (float)std::max(0.0, squares[i] - (double)sum[i] * sum[i] / count);
+        }
+    }
+};
+"""
+
+NORMALISATION = r"""
+// stats [N, ceil(H / rows), 2, C] of x: mean and centred sum of squares over each run of `rows` rows.
+static void statistics(float* stats, const T* x, int64_t n, int64_t h, int64_t w, int64_t c, int64_t rows,
+                       int threads) {
+    const int64_t parts = (h + rows - 1) / rows, padded = (c + L - 1) / L * L;
+    shared(n * parts, threads, [&](int64_t first, int64_t last) {
+        Moments moments(padded);
+        for (int64_t item = first; item < last; item++) {
+            const int64_t image = item / parts, top = item % parts * rows, count = std::min(rows, h - top) * w;
+            const T* start = x + (image * h + top) * w * c;
+            moments.start();
+            for (int64_t p = 0; p < count; p++)
+                for (int64_t i = 0; i < c; i += L) {
+                    const vec value = load(start + p * c + i, (int)std::min<int64_t>(L, c - i));
+                    if (p == 0) store(&moments.pivot[i], value);
+                    const vec d = value - load(&moments.pivot[i]);
+                    store(&moments.sum[i], load(&moments.sum[i]) + d);
+                    store(&moments.squares[i], load(&moments.squares[i]) + d * d);
+                }
+            moments.finish(stats + item * 2 * c, c, (double)count);
+        }
+    });
+}
+
+// Statistics of one part of the concatenation: see `statistics`.
+struct Stats {
+    const float* values;
+    int64_t c, rows;
+};
+
+// scale, shift [N, C]: group normalisation of [x, skip] + bias_row, then (1 + s) and + t of scale_shift [2 C], as one
+// multiply-add a channel. Groups may straddle x and skip; Chan's rule over channels and parts, in double.
+static void affine(float* scale, float* shift, Stats x, Stats skip, int64_t n, int64_t h, int64_t w, int64_t groups,
+                   double eps, const float* weight, const float* bias, const float* bias_row, int64_t bias_stride,
+                   const float* scale_shift, int64_t shift_stride) {
+    const int64_t c = x.c + skip.c, size = c / groups;
+    std::vector<double> mean(c), m2(c);
+    for (int64_t image = 0; image < n; image++) {
+        for (int64_t i = 0; i < c; i++) {
+            const Stats& s = i < x.c ? x : skip;
+            const int64_t j = i < x.c ? i : i - x.c, parts = (h + s.rows - 1) / s.rows;
+            double count = 0, mu = 0, sum = 0;
+            for (int64_t p = 0; p < parts; p++) {
+                const float* v = s.values + (image * parts + p) * 2 * s.c + j;
+                const double more = (double)(std::min(s.rows, h - p * s.rows) * w), d = v[0] - mu;
+                sum += v[s.c] + d * d * count * more / (count + more);
+                mu += d * more / (count + more);
+                count += more;
+            }
+            mean[i] = mu + (bias_row ? bias_row[image * bias_stride + i] : 0.f);
+            m2[i] = sum;
+        }
+        for (int64_t g = 0; g < groups; g++) {
+            double mu = 0, sum = 0;
+            for (int64_t i = g * size; i < (g + 1) * size; i++) mu += mean[i] / size;
+            for (int64_t i = g * size; i < (g + 1) * size; i++)
+                sum += m2[i] / (h * w) + (mean[i] - mu) * (mean[i] - mu);
+            const double deviation = 1 / std::sqrt(sum / size + eps);
+            for (int64_t i = g * size; i < (g + 1) * size; i++) {
+                double a = deviation * (weight ? weight[i] : 1.f), b = (bias ? bias[i] : 0.f) - mu * a;
+                if (bias_row) b += a * bias_row[image * bias_stride + i];
+                if (scale_shift) {
+                    const float* s = scale_shift + image * shift_stride;
+                    a *= 1.0 + s[i];
+                    b = b * (1.0 + s[i]) + s[c + i];
+                }
+                scale[image * c + i] = (float)a;
+                shift[image * c + i] = (float)b;
+            }
+        }
+    }
+}
+
+// y [N, H, W, C] = act(map) + residual.
+template <int ACT> static void materialise(T* y, const Map& m, const T* residual, int threads) {
+    const int64_t c = m.channels(), pixels = m.h * m.w;
+    shared(m.n * pixels, threads, [&](int64_t first, int64_t last) {
+        std::vector<float> wide(residual ? c : 0);
+        for (int64_t p = first; p < last; p++) {
+            if (!residual) {
+                pixel<ACT>(y + p * c, m, p / pixels, p);
+                continue;
+            }
+            pixel<ACT>(wide.data(), m, p / pixels, p);
+            for (int64_t i = 0; i < c; i += L) {
+                const int lanes = (int)std::min<int64_t>(L, c - i);
+                store(y + p * c + i, load(wide.data() + i, lanes) + load(residual + p * c + i, lanes), lanes);
+            }
+        }
+    });
+}
+"""

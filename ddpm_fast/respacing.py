@@ -1,6 +1,8 @@
-"""OpenAI's rule of which timesteps a shorter chain visits."""
+"""OpenAI's and lucidrains' rules of which timesteps a shorter chain visits."""
 
 from __future__ import annotations
+
+import torch
 
 
 def sections(rule: str, total: int) -> list[int]:
@@ -30,6 +32,12 @@ def sections(rule: str, total: int) -> list[int]:
             place += stride
         start += size
     return chain[::-1]
+
+
+def truncated(count: int, total: int) -> list[int]:
+    """lucidrains' rule: of an even spacing from -1 to the last timestep, ``count`` after the -1 without their
+    fractions, descending. In float32 on the CPU, as there, where a whole number may fall short of itself."""
+    return torch.linspace(-1, total - 1, count + 1).int().tolist()[:0:-1]
 
 
 def _count(rule: str, text: str) -> int:

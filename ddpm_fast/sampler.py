@@ -29,7 +29,8 @@ class Sampler:
     """Draws images from a model by a fixed chain of steps.
 
     model: a `UNet`, or any callable f(x, t[, labels]) -> out with x [N, C, H, W] and t [N] (then give
-    image_shape); out may be a tuple that starts with the output, or have it as ``.sample``.
+    image_shape); out may be a tuple that starts with the output, or have it as ``.sample``. One whose
+    ``self_condition`` is true is called f(x, t, x0), x0 as predicted at the step before.
     schedule: the `Schedule` it was trained with.
     batch_size: images drawn together. steps: how many timesteps (by the schedule's spacing); which ones,
     descending; or text, OpenAI's rule ("250", "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et
@@ -51,8 +52,8 @@ class Sampler:
         schedule: Schedule,
         batch_size: int = 64,
         steps: int | str | Sequence[int] | None = None,
-        method: str = "ddpm",
-        eta: float = 0.0,
+        method: str | None = None,
+        eta: float | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         ops: str | Ops = "auto",
@@ -80,7 +81,12 @@ class Sampler:
         self.image_shape = image_shape or _image_shape(model)
         if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
-        self.model = prepare(model, dtype, self.device, self.ops) if isinstance(model, UNet) else model
+        self.model: Any
+        if isinstance(model, UNet):
+            self.model = prepare(model, dtype, self.device, self.ops)
+        else:  # any callable; one that can makes its own copy for this dtype and device
+            for_sampling = getattr(model, "for_sampling", None)
+            self.model = model if for_sampling is None else for_sampling(dtype, self.device)
         self._programs: OrderedDict[tuple[int, bool], tuple[Program, Runner]] = OrderedDict()
 
     @property
@@ -198,8 +204,7 @@ class Sampler:
             return Philox(key, ids, self.image_shape)
         if isinstance(generators, Sequence) and len(generators) > 1:
             generators = generators[part]
-        draws = [t > 0 for t in self.table.timesteps]
-        return TorchNoise(generators, (n, *self.image_shape), draws, self.dtype, self.device)
+        return TorchNoise(generators, (n, *self.image_shape), self.table.draws, self.dtype, self.device)
 
     def _labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
         if labels is None:
@@ -240,6 +245,9 @@ def _device_of(model: object) -> torch.device:
 def _image_shape(model: object) -> tuple[int, int, int]:
     if isinstance(model, UNet) and model.config.image_size is not None:
         return (model.config.in_channels, *model.config.image_size)
+    shape = getattr(model, "image_shape", None)
+    if shape is not None:
+        return shape
     raise ValueError("image_shape=(C, H, W) is needed: the model does not state its image size")
 
 

@@ -19,15 +19,25 @@ import torch
 from torch import Tensor
 
 from .kernels.reference import threshold
-from .respacing import sections
+from .respacing import sections, truncated
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")  # upstream's
 SECTIONS = "sections"  # OpenAI's rule, `respacing.sections`
+TRUNCATED = "truncated"  # lucidrains' rule, `respacing.truncated`
 # Fields that upstream does not have. At their defaults they are left out of `to_dict`.
-EXTENSIONS = ("time_scale", "timestep_respacing", "use_clipped_model_output")
+EXTENSIONS = (
+    "time_scale",
+    "timestep_respacing",
+    "use_clipped_model_output",
+    "method",
+    "eta",
+    "num_inference_steps",
+    "set_alpha_to_one",
+)
+METHODS = ("ddpm", "ddim")
 # With a terminal SNR of zero, epsilon says nothing of x_0 and the quotient is infinite; a small finite divisor
 # reaches the same clipped x_0 without the NaN of inf - inf.
 LEAST_SIGNAL = 1e-12
@@ -38,8 +48,9 @@ class Schedule:
     """The diffusion process. Field names, meaning and defaults are those of diffusers' ``DDPMScheduler``.
 
     One difference: upstream's fixed_large_log takes the root of a log and gives NaN; here it is what its name
-    intends, the same deviation as fixed_large. The last three fields are not upstream's; what OpenAI's code bases
-    do is said by them. Raises ValueError: the field, what came, what is allowed.
+    intends, the same deviation as fixed_large. The fields from time_scale on are not upstream's: what OpenAI's code
+    bases do is said by the first three of them, what a ``DDIMScheduler`` in its pipeline does by the others.
+    Raises ValueError: the field, what came, what is allowed.
     """
 
     num_train_timesteps: int = 1000
@@ -60,6 +71,10 @@ class Schedule:
     time_scale: float = 1.0  # the network is given time_scale * t (1000 / T: OpenAI's rescale_timesteps)
     timestep_respacing: str = ""  # the chain where no other is asked for, by `respacing.sections`; "": all timesteps
     use_clipped_model_output: bool = False  # DDIM takes the noise from the clipped x_0, not from the network
+    method: str = "ddpm"  # what draws where no method is asked for; "ddim": the file is a DDIMScheduler's
+    eta: float = 0.0  # of that DDIM
+    num_inference_steps: int | None = None  # of that method, where no steps are asked for; None: all
+    set_alpha_to_one: bool = True  # DDIM ends at a_p = 1; false: at a_0
 
     def __post_init__(self) -> None:
         if self.trained_betas is not None:
@@ -71,11 +86,13 @@ class Schedule:
             ("beta_schedule", BETA_SCHEDULES),
             ("variance_type", VARIANCE_TYPES),
             ("prediction_type", PREDICTION_TYPES),
-            ("timestep_spacing", (*SPACINGS, SECTIONS)),
+            ("timestep_spacing", (*SPACINGS, SECTIONS, TRUNCATED)),
+            ("method", METHODS),
         ):
             if getattr(self, name) not in allowed:
                 raise _wrong(name, getattr(self, name), "one of " + ", ".join(allowed))
-        for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_clipped_model_output"):
+        flags = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_clipped_model_output")
+        for name in (*flags, "set_alpha_to_one"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "true or false")
         for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
@@ -87,6 +104,15 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise _wrong(name, value, "a positive number")
+        if not isinstance(self.eta, (int, float)) or isinstance(self.eta, bool) or not 0 <= self.eta <= 1:
+            raise _wrong("eta", self.eta, "a number in [0, 1]")
+        if self.eta and self.method != "ddim":
+            raise _wrong("eta", self.eta, "0 unless method is 'ddim'")
+        steps = self.num_inference_steps
+        if steps is not None and (
+            not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= self.num_train_timesteps
+        ):
+            raise _wrong("num_inference_steps", steps, f"null or in 1..{self.num_train_timesteps}")
         if self.dynamic_thresholding_ratio > 1:
             raise _wrong("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, "in (0, 1]")
         if max(self.beta_start, self.beta_end) >= 1:
@@ -256,6 +282,8 @@ class Schedule:
             raise ValueError(f"steps must be between 1 and num_train_timesteps={total}; got {steps}")
         if self.timestep_spacing == SECTIONS:
             return sections(str(steps), total)
+        if self.timestep_spacing == TRUNCATED:
+            return truncated(steps, total)
         if self.timestep_spacing == "linspace":
             return [int(t) for t in np.linspace(0, total - 1, steps).round()[::-1]]
         if self.timestep_spacing == "trailing":

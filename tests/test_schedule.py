@@ -321,7 +321,7 @@ def test_json_round_trip():
         ({"prediction_type": "eps"}, "prediction_type must be one of epsilon, sample, v_prediction; got 'eps'"),
         (
             {"timestep_spacing": "even"},
-            "timestep_spacing must be one of leading, linspace, trailing, sections; got 'even'",
+            "timestep_spacing must be one of leading, linspace, trailing, sections, truncated; got 'even'",
         ),
         ({"clip_sample": 1}, "clip_sample must be true or false; got 1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer of at least 1; got 0"),

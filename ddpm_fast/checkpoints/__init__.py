@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import diffusers, ho, openai
+from . import diffusers, ho, lucidrains, lucidrains_layout, openai
 from .conversion import TARGETS, write
 from .diffusers import save
 from .family import Checkpoint, Family, Found
@@ -57,8 +57,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "lucidrains",
-        lambda names: any(n.endswith("init_conv.weight") for n in names) and _has("downs.")(names),
-        refusal="a lucidrains denoising-diffusion-pytorch checkpoint, which is not supported yet",
+        lambda names: any(n.endswith("init_conv.weight") for n in names),
+        lucidrains.load,
+    ),
+    Family(
+        "Karras U-Net",
+        lambda names: _has("to_time_emb.")(names) and _has("downs.")(names),
+        refusal="a Karras (EDM2) U-Net, of the sort in lucidrains' package; it is no DDPM's and is not supported",
     ),
     Family(
         "EDM",
@@ -78,9 +83,11 @@ def load(
     source: None for the bundled model; a folder in the diffusers layout, a weights file, or a hub id
         ("google/ddpm-cifar10-32", with "@revision" at will).
     preset: settings for weights without a configuration: "google" or "diffusers-default"; a file released by OpenAI
-        ("256x256_diffusion") or its code's defaults ("guided-diffusion"); a model of Ho et al. ("cifar10").
+        ("256x256_diffusion") or its code's defaults ("guided-diffusion"); a model of Ho et al. ("cifar10"); the
+        version of lucidrains' denoising-diffusion-pytorch that trained it ("1.7.1").
     overrides: settings that win over all else, in the family's own words: fields of UNetConfig or Schedule; for an
-        OpenAI checkpoint the flags of its scripts (num_heads, diffusion_steps, noise_schedule, ...).
+        OpenAI checkpoint the flags of its scripts (num_heads, diffusion_steps, noise_schedule, ...), for a lucidrains
+        one the arguments of Unet and GaussianDiffusion (objective, image_size, ...).
 
     The model is in eval mode, float32, on the CPU; the checkpoint's notes say what was inferred or assumed.
     Raises CheckpointError, a ValueError of one line.
@@ -89,7 +96,8 @@ def load(
     name = os.fspath(source)
     try:
         layout = locate(_resolve(source))
-        tensors = unwrap(read_weights(layout.weights), layout.weights, layout.notes)
+        content = read_weights(layout.weights)
+        tensors = unwrap(content, layout.weights, layout.notes)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {first_line(error)}") from None
     found = Found(
@@ -102,6 +110,7 @@ def load(
         preset=preset,
         overrides=dict(overrides or {}),
         notes=layout.notes,
+        recorded=lucidrains.recorded(content),
     )
     family = detect(found)
     assert family.load is not None
@@ -164,7 +173,7 @@ def unwrap(content: Any, path: Path, notes: list[str] | None = None) -> dict[str
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     elif isinstance(content.get("model"), dict) and "ema" in content:
-        raise CheckpointError(f"{path} is a lucidrains denoising-diffusion-pytorch checkpoint: not supported yet")
+        content = lucidrains_layout.tensors_of(content)
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     odd = [str(name) for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if odd or not tensors:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..schedule import Schedule
-from ..unet import UNet
 from .files import CheckpointError, listing
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -22,7 +21,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Checkpoint:
     """A loaded checkpoint: a model in eval mode on the CPU in float32, and the schedule it was trained with."""
 
-    model: UNet
+    model: Any  # a UNet; of a lucidrains file a LucidrainsUnet, which `Sampler` takes as well
     schedule: Schedule
     source: str
     family: str
@@ -43,6 +42,7 @@ class Found:
     preset: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    recorded: Mapping[str, Any] = field(default_factory=dict)  # what the file says beside its tensors
 
 
 @dataclass(frozen=True)

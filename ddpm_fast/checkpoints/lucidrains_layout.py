@@ -1,0 +1,161 @@
+"""lucidrains' state dicts: which of their tensors are the U-Net, its names by version, and what its shapes tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .files import CheckpointError, listing
+from .lucidrains_versions import FIRST, FLAT, LAST, MEMORY, RMS_BLOCKS, UNSHUFFLED, Version
+
+Shapes = Mapping[str, tuple[int, ...]]
+_FIRST_TENSOR = "init_conv.weight"
+
+
+class Parts(NamedTuple):
+    """A file's tensors by what they are, names without prefixes."""
+
+    network: dict[str, Tensor]  # under the names of 2.x
+    buffers: dict[str, Tensor]  # of GaussianDiffusion: betas, loss_weight ...
+    nested: bool  # names of before 1.8.0
+    note: str | None  # which of several networks was chosen
+    wrapped: bool  # by a diffusion class, so that missing buffers say which
+
+
+def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A Trainer's file as one state dict: its "model" and "ema" under these prefixes."""
+    return {
+        f"{part}.{name}": value
+        for part in ("model", "ema")
+        for name, value in (content[part] if isinstance(content[part], dict) else {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def split(tensors: Mapping[str, Tensor], path: Path) -> Parts:
+    """The parts of a state dict: of a Trainer's file, an EMA, a GaussianDiffusion or a U-Net alone.
+
+    Raises CheckpointError for networks of the same package that are no DDPM of images.
+    """
+    prefixes = [name.removesuffix(_FIRST_TENSOR) for name in tensors if name.endswith(_FIRST_TENSOR)]
+    prefix = min(prefixes, key=lambda p: ("ema_model." not in p, "online_model." in p, not p.startswith("ema.")))
+    note = None
+    if len(prefixes) > 1 or prefix.startswith("ema"):
+        averaged = "ema" in prefix and "online_model" not in prefix
+        note = f"of the {len(prefixes)} networks in the file the {'averaged' if averaged else 'trained'} one is used"
+        if len(prefixes) == 1:
+            note = "the network in the file is an averaged one (EMA)"
+    network = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    _refuse(network, prefix, path)
+    nested = any(".fn." in name for name in network)
+    wrapper = re.sub(r"(^|.*\.)(model|denoise_fn)\.$", r"\1", prefix)
+    wrapped = wrapper != prefix
+    # An average of equal values drifts; the model's own are the ones that were computed.
+    places = ("model.", wrapper) if prefix.startswith("ema.") else (wrapper,)
+    place = next((p for p in places if wrapped and f"{p}betas" in tensors), None)
+    buffers = {}
+    if place is not None:
+        rest = ((name.removeprefix(place), t) for name, t in tensors.items() if name.startswith(place))
+        buffers = {name: t for name, t in rest if "." not in name and t.ndim == 1}
+    return Parts({_current(name): t for name, t in network.items()}, buffers, nested, note, wrapped)
+
+
+def _current(name: str) -> str:
+    """Of Residual(PreNorm(attention)) before 1.8.0: fn.norm is the norm, fn.fn the attention."""
+    return name.replace(".fn.norm.", ".norm.").replace(".fn.fn.", ".")
+
+
+def _refuse(network: Mapping[str, Tensor], prefix: str, path: Path) -> None:
+    """CheckpointError for what is of lucidrains, and no image DDPM that is known."""
+    what = None
+    dims = network[_FIRST_TENSOR].ndim
+    if dims != 4:
+        kind = {3: "a 1-D (sequence)", 5: "a 3-D (video)"}.get(dims, "an unknown")
+        what = f"of {kind} network; only images are supported"
+    elif any(name.startswith(("classes_emb.", "null_classes_emb", "classes_mlp.")) for name in network):
+        what = "of a class-conditional network (classifier_free_guidance.py), which is not supported"
+    elif re.search(r"(^|\.)net\.$", prefix):
+        what = "of an ElucidatedDiffusion, whose noise levels are continuous; it is no DDPM and is not supported"
+    elif any(re.search(r"\.block\.0\.|\.ds_conv\.", name) for name in network):
+        what = f"of a version before {FIRST}, whose network is another; it is not supported"
+    if what is not None:
+        raise CheckpointError(f"{path} is a lucidrains checkpoint {what}")
+
+
+def versions(shapes: Shapes, nested: bool) -> tuple[Version, Version]:
+    """The first version with this layout, and the first after it without."""
+    if nested and not any(name.startswith("downs.1.") for name in shapes):
+        return FIRST, FLAT  # one level: nothing resamples
+    if nested:
+        return (UNSHUFFLED, FLAT) if "downs.0.3.1.weight" in shapes else (FIRST, UNSHUFFLED)
+    if "mid_attn.mem_kv" not in shapes:
+        return FLAT, MEMORY
+    return (MEMORY, RMS_BLOCKS) if "mid_block1.block1.norm.weight" in shapes else (RMS_BLOCKS, LAST)
+
+
+def inferred(shapes: Shapes, path: Path) -> dict[str, Any]:
+    """The fields of LucidrainsConfig that the shapes of a network (names of 2.x) determine.
+
+    Heads are left out where no memory tells them. Raises CheckpointError where the network is not whole.
+    """
+    try:
+        return _fields(shapes)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        known = listing(sorted(shapes), 3)
+        raise CheckpointError(
+            f"{path} is a lucidrains checkpoint, but not of a whole U-Net of {FIRST} or later: "
+            f"{type(error).__name__} at {error}; it has {known}"
+        ) from None
+
+
+def _fields(shapes: Shapes) -> dict[str, Any]:
+    levels = _count(shapes, "downs")
+    if _count(shapes, "ups") != levels:
+        raise ValueError("as many ups as downs")
+    inputs, init_dim = shapes["init_conv.weight"][1], shapes["init_conv.weight"][0]
+    out_dim = shapes["final_conv.weight"][0]
+    self_condition = inputs == 2 * out_dim
+    channels = out_dim if self_condition else inputs
+    if out_dim not in (channels, 2 * channels):
+        raise ValueError(f"{inputs} channels in and {out_dim} out, which GaussianDiffusion does not take")
+    downs = [shapes[f"downs.{i}.0.block1.proj.weight"][0] for i in range(levels)]
+    attentions = [f"downs.{i}.2" for i in range(levels)] + ["mid_attn"]
+    frequencies = shapes.get("time_mlp.0.weights")
+    fields: dict[str, Any] = {
+        "dim": shapes["time_mlp.3.weight"][0] // 4,
+        "init_dim": init_dim,
+        "widths": (*downs[1:], shapes["mid_block1.block1.proj.weight"][0]),
+        "channels": channels,
+        "out_dim": out_dim,
+        "self_condition": self_condition,
+        "full_attn": tuple(f"{name}.to_out.weight" in shapes for name in attentions[:-1]),
+        "learned_sinusoidal_dim": None if frequencies is None else 2 * frequencies[0],
+        "block_norm": "group" if "mid_block1.block1.norm.weight" in shapes else "rms",
+        "downsample": "conv" if shapes.get("downs.0.3.weight", (3,))[-1] == 4 else "unshuffle",
+        "num_mem_kv": 0,
+    }
+    if "mid_attn.mem_kv" in shapes:
+        memory = [_memory(shapes, name) for name in attentions]
+        fields["num_mem_kv"] = memory[-1][2]
+        fields["attn_heads"] = tuple(m[0] for m in memory[:-1])
+        fields["attn_dim_head"] = tuple(m[1] for m in memory[:-1])
+    else:  # heads times their channels, for `heads_of`
+        fields["inner"] = tuple(shapes[f"{name}.to_qkv.weight"][0] // 3 for name in attentions[:-1])
+    return fields
+
+
+def _count(shapes: Shapes, part: str) -> int:
+    found = {int(m[1]) for m in (re.match(rf"{part}\.(\d{{1,2}})\.", name) for name in shapes) if m}
+    if found != set(range(len(found))) or not found:
+        raise ValueError(f"{part} without gaps")
+    return len(found)
+
+
+def _memory(shapes: Shapes, name: str) -> tuple[int, int, int]:
+    """(heads, channels of a head, memory entries)."""
+    _, heads, a, b = shapes[f"{name}.mem_kv"]
+    return (heads, b, a) if f"{name}.to_out.weight" in shapes else (heads, a, b)

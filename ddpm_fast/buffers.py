@@ -11,14 +11,15 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes: more than any vector load or descriptor asks
-MOST_PARTS = 3  # two launches more each
 LEAST_PIXELS = 4096  # of a part; below, its convolution leaves a large GPU idle
+MANY_PIXELS = 1 << 17  # of a part; from here on it takes long enough for its launches to be free
+MOST_LAUNCHES = 4  # more, for parts smaller than that
 WORTH = 0.98  # a split must bring the arena below this share of what it was
 
 
@@ -35,6 +36,12 @@ class Memory(Protocol):
 
     def parts(self, shape: tuple[int, ...]) -> int:
         """In how many parts of the batch the next norm_act, with a result of ``shape``, is to be made and read."""
+
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        """Note that ``new`` was written part by part, each after that part of ``old`` had been read for the last time.
+
+        So ``new`` may lie where ``old`` does, if nobody holds ``old`` when the next request comes.
+        """
 
     def outside(self, result: Tensor) -> None:
         """Note a result that torch allocated itself."""
@@ -54,6 +61,9 @@ class Fresh:
     def parts(self, shape: tuple[int, ...]) -> int:
         return 1
 
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        pass
+
     def outside(self, result: Tensor) -> None:
         pass
 
@@ -68,6 +78,7 @@ class Request:
     birth: int
     death: int = 0  # the first request after the last reference to it was gone
     offset: int = 0  # bytes into the arena
+    successor: Request | None = None  # takes its place when it dies
 
     @property
     def size(self) -> int:
@@ -94,26 +105,22 @@ class Plan:
 
 def plan(
     run: Callable[[Memory], object],  # the network, on a set that asks the given memory
-    most_parts: int = MOST_PARTS,
+    most_launches: int = MOST_LAUNCHES,
     least_pixels: int = LEAST_PIXELS,
 ) -> Plan:
     """Places for all results of ``run``.
 
-    Where the normalised concatenation that a convolution reads makes the peak, the two run in up to
-    ``most_parts`` parts of the batch, of ``least_pixels`` at least, if that saves memory: a sample's bits do
-    not depend on the images beside it.
+    Where the normalised map that a convolution reads makes the peak, the two run in parts of the batch, if that saves
+    memory: a sample's bits do not depend on the images beside it. Parts have ``least_pixels`` at least. Those that are
+    too small for their launches not to be felt may cost ``most_launches`` more in all.
     """
-    best = _dry_run(run, {})
-    tried: set[int] = set()
-    while True:
-        found = _at_the_peak(best, tried, most_parts, least_pixels)
-        if found is None:
-            return best
-        norm, parts = found
-        tried.add(norm)
-        other = _dry_run(run, {**best.parts, norm: parts})
-        if other.size < WORTH * best.size:
-            best = other
+    best = now = _dry_run(run, {})
+    # Several places may be as high as the peak, so that it falls only when all of them are split.
+    while (split := _at_the_peak(now, most_launches, least_pixels)) is not None:
+        now = _dry_run(run, {**now.parts, **split})
+        if now.size < WORTH * best.size:
+            best = now
+    return best
 
 
 def _dry_run(run: Callable[[Memory], object], parts: Mapping[int, int]) -> Plan:
@@ -121,25 +128,34 @@ def _dry_run(run: Callable[[Memory], object], parts: Mapping[int, int]) -> Plan:
     result = run(planner)
     del result
     assert all(r.death > r.birth for r in planner.requests), "something keeps a result of the dry run"
+    planner.succeed()
     size = place(planner.requests)
     return Plan(tuple(planner.requests), size, planner.most_outside, tuple(planner.norms), parts)
 
 
-def _at_the_peak(found: Plan, tried: set[int], most: int, least_pixels: int) -> tuple[int, int] | None:
-    """The largest norm_act result alive at the peak that can be split, as (its number, parts)."""
+def _at_the_peak(found: Plan, most_launches: int, least_pixels: int) -> dict[int, int] | None:
+    """The largest norm_act result alive at the peak that can be split: its number, and in how many parts."""
     if not found.requests:
         return None
+    left = most_launches - sum(_launches(found.requests[found.norms[k]], parts) for k, parts in found.parts.items())
     peak = max(range(len(found.requests)), key=lambda i: _alive(found.requests, i))
     choices = []
     for number, index in enumerate(found.norms):
-        if number in tried or number in found.parts:
-            continue
         request = found.requests[index]
+        if number in found.parts or not request.birth <= peak < request.death:
+            continue
         n, _, h, w = request.shape
-        parts = min(most, n, n * h * w // least_pixels)
-        if parts > 1 and request.birth <= peak < request.death:
+        pixels = n * h * w
+        parts = min(n, max(3, pixels // MANY_PIXELS), pixels // least_pixels)
+        if parts > 1 and _launches(request, parts) <= left:
             choices.append((request.size, number, parts))
-    return max(choices)[1:] if choices else None
+    return dict([max(choices)[1:]]) if choices else None
+
+
+def _launches(whole: Request, parts: int) -> int:
+    """More launches that are felt, of a norm_act and its convolution in parts. ``whole``: a map of that batch."""
+    n, _, h, w = whole.shape
+    return 0 if n * h * w // parts >= MANY_PIXELS else 2 * (parts - 1)
 
 
 def _alive(requests: tuple[Request, ...], moment: int) -> int:
@@ -147,21 +163,51 @@ def _alive(requests: tuple[Request, ...], moment: int) -> int:
 
 
 def place(requests: list[Request]) -> int:
-    """Give each request its offset, largest first, in the smallest gap that fits; returns the arena's bytes."""
-    placed: list[Request] = []
+    """Give each request its offset, in the smallest gap that fits; returns the arena's bytes.
+
+    Of several orders to place them in, none always the best, the one with the smallest arena.
+    """
+    followers = {id(r.successor) for r in requests}
+    places = [_Place(r) for r in requests if id(r) not in followers]
+    orders: list[Callable[[_Place], Any]] = [
+        lambda p: (-p.size, p.birth),
+        lambda p: (-p.size, -(p.death - p.birth), p.birth),
+        lambda p: (-(p.death - p.birth), -p.size, p.birth),
+        lambda p: (-p.size * (p.death - p.birth), p.birth),
+        lambda p: (p.birth, -p.size),
+    ]
+    found = min((_arranged(sorted(places, key=order)) for order in orders), key=lambda pair: pair[0])
+    for p, offset in found[1]:
+        for r in p.requests:
+            r.offset = offset
+    return found[0]
+
+
+class _Place:
+    """A request and those that succeed it."""
+
+    def __init__(self, first: Request):
+        self.requests = [first]
+        while (successor := self.requests[-1].successor) is not None:
+            self.requests.append(successor)
+        self.size, self.birth, self.death = first.size, first.birth, self.requests[-1].death
+
+
+def _arranged(places: list[_Place]) -> tuple[int, list[tuple[_Place, int]]]:
+    """(bytes, each place with its offset), placed in the given order."""
+    placed: list[tuple[_Place, int]] = []
     total = 0
-    for r in sorted(requests, key=lambda r: (-r.size, r.birth)):
-        others = sorted((o for o in placed if o.birth < r.death and r.birth < o.death), key=lambda o: o.offset)
+    for p in places:
+        beside = sorted((start, start + o.size) for o, start in placed if o.birth < p.death and p.birth < o.death)
         best, end = None, 0
-        for o in others:
-            gap = o.offset - end
-            if gap >= r.size and (best is None or gap < best[0]):
-                best = (gap, end)
-            end = max(end, o.offset + o.size)
-        r.offset = end if best is None else best[1]
-        total = max(total, r.offset + r.size)
-        placed.append(r)
-    return total
+        for start, stop in beside:
+            if start - end >= p.size and (best is None or start - end < best[0]):
+                best = (start - end, end)
+            end = max(end, stop)
+        offset = end if best is None else best[1]
+        total = max(total, offset + p.size)
+        placed.append((p, offset))
+    return total, placed
 
 
 class _Planner:
@@ -174,6 +220,8 @@ class _Planner:
         self.requests: list[Request] = []
         self.norms: list[int] = []
         self.most_outside = self._outside = 0
+        self._living: dict[int, Request] = {}  # by the identity of the storage
+        self._replaced: list[tuple[Request, Request, int]] = []  # old, new, and the next request's number then
 
     def map(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         t = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
@@ -186,6 +234,17 @@ class _Planner:
         parts = self._parts.get(len(self.norms), 1)
         self.norms.append(len(self.requests))
         return parts
+
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        pair = [self._living.get(t.untyped_storage()._cdata) for t in (old, new)]
+        if pair[0] is not None and pair[1] is not None and pair[0].size == pair[1].size:
+            self._replaced.append((pair[0], pair[1], len(self.requests)))
+
+    def succeed(self) -> None:
+        """After the run: those that took an older one's place, where nobody held that one any more."""
+        for old, new, moment in self._replaced:
+            if old.death == moment and old.successor is None:
+                old.successor, new.birth = new, moment
 
     def outside(self, result: Tensor) -> None:
         size = result.untyped_storage().nbytes()
@@ -200,11 +259,14 @@ class _Planner:
         request = Request(tuple(t.shape), t.dtype, is_map, birth=len(self.requests))
         self.requests.append(request)
         # The storage, not the tensor: a view may outlive the tensor that it was taken of.
-        weakref.finalize(t.untyped_storage(), self._end, request)
+        identity = t.untyped_storage()._cdata
+        self._living[identity] = request
+        weakref.finalize(t.untyped_storage(), self._end, request, identity)
         return t
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: Request, identity: int) -> None:
         request.death = len(self.requests)
+        del self._living[identity]
 
 
 class Arena:
@@ -237,6 +299,9 @@ class Arena:
     def parts(self, shape: tuple[int, ...]) -> int:
         self._norm += 1
         return self.plan.parts.get(self._norm - 1, 1)
+
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        pass
 
     def outside(self, result: Tensor) -> None:
         pass

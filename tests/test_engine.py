@@ -170,10 +170,11 @@ def make(device: torch.device, batch: int = 2, changes: dict[str, Any] | None = 
 def test_the_arena_changes_no_bit_and_hides_no_stale_value(device: torch.device):
     """Poisoned before each step; split into parts of one image; and with every result a new tensor."""
     programs = [make(device, arena=False), make(device)]
-    with mock.patch.object(engine, "plan", partial(plan, most_parts=2, least_pixels=1)):
+    with mock.patch.object(engine, "plan", partial(plan, most_launches=1000, least_pixels=1)):
         programs.append(make(device))
     assert programs[0]._arena is None and programs[1]._arena is not None
     assert not programs[1].plan.parts and programs[2].plan.parts
+    assert any(r.successor for r in programs[2].plan.requests), "some results lie where their input did"
     for program in programs:
         program.begin(seed=3, ids=[7, 8])
         if program._arena is not None:

@@ -142,7 +142,7 @@ def _prepacked(x: Tensor, weight: Tensor) -> Run | None:
     try:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [1, 1], [1, 1], 1, list(x.shape))
         call: Callable[..., Tensor] = torch.ops.mkldnn._convolution_pointwise
-        arguments = (x, packed, None, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+        arguments: tuple[Any, ...] = (x, packed, None, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
         call(*arguments)
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch or a dtype without it
         return None

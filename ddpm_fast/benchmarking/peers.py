@@ -7,6 +7,7 @@ on the device, since a timestep on the host would keep torch.compile from captur
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,12 +37,13 @@ class Flat(nn.Module):
 
 def build(case: Case) -> tuple[Any, Any]:
     """(UNet2DModel, DDPMScheduler) with the case's weights, float32, on its device."""
-    from diffusers import DDPMScheduler, UNet2DModel
+    import diffusers
 
+    library: Any = diffusers  # it has no types
     model, schedule, _ = for_diffusers(case.model, case.schedule)
-    unet = UNet2DModel(**model.config.to_dict()).eval().requires_grad_(False)
+    unet = library.UNet2DModel(**model.config.to_dict()).eval().requires_grad_(False)
     unet.load_state_dict(model.state_dict())
-    return unet.to(case.device), DDPMScheduler(**schedule.to_dict())
+    return unet.to(case.device), library.DDPMScheduler(**schedule.to_dict())
 
 
 class Looped:
@@ -74,9 +76,10 @@ class Shipped(Looped):
     """DDPMPipeline(...)(): its own loop, its images brought back to [-1, 1]."""
 
     def __init__(self, case: Case, unet: Any, scheduler: Any):
-        from diffusers import DDPMPipeline
+        import diffusers
 
-        self.pipeline = DDPMPipeline(unet, scheduler)
+        library: Any = diffusers
+        self.pipeline = library.DDPMPipeline(unet, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         super().__init__(case, Flat(unet, None), scheduler, torch.contiguous_format)
 
@@ -95,14 +98,14 @@ def make(case: Case, dtype: torch.dtype, shipped: bool = False, compiled: bool =
     if shipped and dtype == torch.float32 and labels is None:
         return Shipped(case, unet, scheduler)
     layout = torch.contiguous_format if shipped else torch.channels_last
-    net = Flat(unet.to(dtype), labels)
-    if not shipped:
-        nn.Module.to(net, memory_format=layout)  # type: ignore[call-overload]
+    net = Flat(unet, labels)
+    nn.Module.to(net, dtype, memory_format=layout)  # type: ignore[call-overload]
     run: Callable[..., Tensor] = net
     if compiled:
         cuda = case.device.type == "cuda"
         how: dict[str, Any] = {"mode": "max-autotune"} if cuda else {"options": {"freezing": True}}
         inner = torch.compile(net, fullgraph=True, dynamic=False, **how)
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
         def run(x: Tensor, t: Tensor) -> Tensor:
             if cuda:

@@ -99,19 +99,22 @@ def providers() -> dict[str, Provider]:
 
     full, halves = DTYPES["float32"], (DTYPES["bfloat16"], DTYPES["float16"])
 
-    def own(name: str, operations: str, devices: tuple[str, ...], graph: str = "auto", **kwargs: bool) -> Provider:
+    def own(
+        name: str, operations: str, devices: tuple[str, ...], graph: str = "auto", compiles: bool = True
+    ) -> Provider:
         make = partial(ours.make, operations=operations, graph=graph)
-        return Provider(name, make, True, devices, operations=operations, **kwargs)
+        return Provider(name, make, True, devices, operations=operations, compiles=compiles)
 
-    def diffusers(name: str, **kwargs: bool) -> Provider:
-        return Provider(name, partial(peers.make, **kwargs), packages=("diffusers",), compiles="compiled" in kwargs)
+    def diffusers(name: str, shipped: bool = False, compiled: bool = False) -> Provider:
+        make = partial(peers.make, shipped=shipped, compiled=compiled)
+        return Provider(name, make, packages=("diffusers",), compiles=compiled)
 
     found = [
-        own("reference", "reference", ("cpu", "cuda")),
-        own("cpu", "cpu", ("cpu",)),
-        own("winograd", "winograd", ("cpu",), compiles=True),
-        *(own(f"triton-{g}", "triton", ("cuda",), g, compiles=True) for g in GRAPHS),
-        own("triton", "triton", ("cpu", "cuda"), compiles=True),
+        own("reference", "reference", ("cpu", "cuda"), compiles=False),
+        own("cpu", "cpu", ("cpu",), compiles=False),
+        own("winograd", "winograd", ("cpu",)),
+        *(own(f"triton-{g}", "triton", ("cuda",), g) for g in GRAPHS),
+        own("triton", "triton", ("cpu", "cuda")),
         diffusers("diffusers", shipped=True),
         diffusers("diffusers-channels-last"),
         diffusers("diffusers-compile", compiled=True),

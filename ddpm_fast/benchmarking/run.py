@@ -87,6 +87,10 @@ class _Batch:
     def __init__(self, case: Case, settings: Settings, say: Callable[[str], None]):
         self.case, self.settings, self.say = case, settings, say
         self.judge = Judge(case)
+        # Now: a reference that fails is no provider's failure.
+        self.say(f"batch {case.batch}: the truth, in float64")
+        self.judge.truth()
+        self.judge.chain("philox")
 
     def rows(self, providers: Sequence[Provider]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

@@ -37,9 +37,11 @@ def startup(
     device: torch.device,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> dict[str, Any]:
-    """Seconds and MiB, JSON-ready: ``load_s`` of the weights from disk, ``first_step_s`` from there to the end of
-    the first step, imports of other software included, ``peak_mib`` of the process, or of a GPU's memory; ``cached_first_step_s`` of a second process,
-    where the first left compiled code. ``failed`` has the reason where a process ended without an answer.
+    """Seconds and MiB, JSON-ready.
+
+    ``load_s``: the weights, from disk. ``first_step_s``: from there to the end of the first step, imports of other
+    software included. ``peak_mib``: of the process, or of a GPU's memory. ``cached_first_step_s``: of a second
+    process, where the first left compiled code. ``failed``: why, where a process ended without an answer.
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-fast-bench-") as folder:
         save(Path(folder) / "model", model, schedule)

@@ -274,7 +274,8 @@ class StepProgram(Program):
     def _dry_run(self, memory: Memory) -> object:
         assert self.ops.placed is not None
         with torch.inference_mode():
-            return self._network(self.ops.placed(memory))
+            result = self._network(self.ops.placed(memory))
+            return self.ops.leave(result) if self._fused else result  # the last convolution reads all of it
 
     def _network(self, ops: Ops) -> Any:
         """The output, or, where the last convolution and the step are one launch, what they read."""

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
 from .respacing import sections
-from .schedule import LEAST_SIGNAL, Schedule
-
-METHODS = ("ddpm", "ddim")
+from .schedule import LEAST_SIGNAL, METHODS, SPACINGS, Schedule
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class StepTable:
     variance: str  # fixed | learned | learned_range: how the network states it
     thresholding: tuple[float, float] | None = None  # (ratio, largest) of dynamic thresholding
     learned: bool = False  # the network has 2C output channels, whether or not the second half is read
+    draws: tuple[bool, ...] = ()  # [S]: whether the step takes noise from a stream, as diffusers' does
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -46,15 +45,20 @@ class StepTable:
 def step_table(
     schedule: Schedule,
     steps: int | str | Sequence[int] | None = None,  # how many (by timestep_spacing), which, or `sections`; None: all
-    method: str = "ddpm",
-    eta: float = 0.0,  # of DDIM: 0 deterministic, 1 the posterior deviation
+    method: str | None = None,  # ddpm or ddim; None: the schedule's, with its eta and its number of steps
+    eta: float | None = None,  # of DDIM: 0 deterministic, 1 the posterior deviation
     time_scale: float | None = None,  # the network is given time_scale * t; None: the schedule's
 ) -> StepTable:
     """The table of DDPM (Ho et al. 2020, Algorithm 2) or DDIM (Song et al. 2021, equation 12).
 
     DDIM keeps the network's own noise estimate beside a clipped x_0, as diffusers' DDIMScheduler does, or takes it
-    from the clipped x_0, as OpenAI's does, where the schedule has use_clipped_model_output.
+    from the clipped x_0, as OpenAI's does, where the schedule has use_clipped_model_output. Of a schedule that is a
+    DDIMScheduler's, a number of steps n strides by T // n from each timestep, whatever the spacing, as it does.
     """
+    own = method in (None, schedule.method)  # the schedule speaks of this method
+    method = schedule.method if method is None else method
+    if eta is None:
+        eta = schedule.eta if own else 0.0
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not 0 <= eta <= 1:
@@ -65,6 +69,10 @@ def step_table(
         time_scale = schedule.time_scale
     if steps is None and schedule.timestep_respacing:
         steps = schedule.timestep_respacing
+    if steps is None and own:
+        steps = schedule.num_inference_steps
+    upstream = schedule.method == "ddim" and schedule.timestep_spacing in SPACINGS
+    by_stride = upstream and method == "ddim" and (steps is None or isinstance(steps, int))
     if steps is None or isinstance(steps, int):
         chain = schedule.timesteps(steps)
     elif isinstance(steps, str):
@@ -73,7 +81,10 @@ def step_table(
         chain = _custom_chain(schedule, steps)
     rows = torch.zeros(len(chain), TABLE_WIDTH, dtype=torch.float64)
     clips = schedule.clip_sample and not schedule.thresholding
-    for row, t, prev_t in zip(rows, chain, chain[1:] + [-1]):
+    following = chain[1:] + [-1]
+    if by_stride:
+        following = [t - schedule.num_train_timesteps // len(chain) for t in chain]
+    for row, t, prev_t in zip(rows, chain, following):
         row[KX], row[KO] = _x0_from_output(schedule, t)
         row[CLIP] = schedule.clip_sample_range if clips else math.inf
         row[TIME] = time_scale * t
@@ -84,7 +95,8 @@ def step_table(
     limit = (schedule.dynamic_thresholding_ratio, schedule.sample_max_value) if schedule.thresholding else None
     # DDIM's deviation is eta's; what a learned-variance network says of it is not read.
     variance = schedule.learned if method == "ddpm" else "fixed"
-    return StepTable(rows, tuple(chain), variance, limit, learned=schedule.learned != "fixed")
+    draws = tuple(t > 0 if method == "ddpm" else eta > 0 for t in chain)
+    return StepTable(rows, tuple(chain), variance, limit, learned=schedule.learned != "fixed", draws=draws)
 
 
 def _x0_from_output(schedule: Schedule, t: int) -> tuple[float, float]:
@@ -115,7 +127,9 @@ def _ddpm_row(schedule: Schedule, row: Tensor, t: int, prev_t: int) -> None:
 
 def _ddim_row(schedule: Schedule, row: Tensor, t: int, prev_t: int, eta: float) -> None:
     a_t, a_p = schedule.alphas(t, prev_t)
-    sigma = eta * math.sqrt(schedule.posterior(t, prev_t)[2])
+    if prev_t < 0 and not schedule.set_alpha_to_one:
+        a_p = float(schedule.alphas_cumprod[0])
+    sigma = eta * math.sqrt(max((1 - a_p) / (1 - a_t) * (1 - a_t / a_p), 0))
     along = math.sqrt(max(1 - a_p - sigma**2, 0))  # the factor of epsilon = ex x + eo out
     row[C0], row[SIGMA] = math.sqrt(a_p), sigma
     if schedule.use_clipped_model_output:  # epsilon = (x - sqrt(a_t) x0) / sqrt(1 - a_t)

@@ -154,7 +154,8 @@ def test_bad_json(name: str, text: str, match: str, folder: Path) -> None:
         ({"num_class_embeds": 10**12}, "1 missing: class_embedding.weight"),
         ({"block_out_channels": [10**12, 10**12]}, "cannot be built"),
         ({"layers_per_block": 2}, r"missing: .*down_blocks\.0\.resnets\.1"),
-        ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
+        ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, r"missing: .*resnet_down"),
+        ({"down_block_types": ["KDownBlock2D", "DownBlock2D"]}, "made of DownBlock2D, .*; got 'KDownBlock2D'"),
         ({"_class_name": "UNet2DConditionModel"}, "guided by text or images"),
         ({"_class_name": "VQModel"}, "is of a VQModel; only the unconditional UNet2DModel"),
     ],
@@ -167,7 +168,10 @@ def test_bad_unet_configs(values: dict[str, Any], match: str, folder: Path) -> N
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"_class_name": "DDIMScheduler"}, "names the scheduler DDIMScheduler; only DDPMScheduler"),
+        (
+            {"_class_name": "HeunDiscreteScheduler"},
+            "names the scheduler HeunDiscreteScheduler; of diffusers' schedulers",
+        ),
         ({"beta_schedule": "quadratic"}, "beta_schedule"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"num_train_timesteps": 10**10}, "10,000,000,000 timesteps; at most 1,000,000"),
@@ -183,9 +187,8 @@ def test_bad_schedules(values: dict[str, Any], match: str, folder: Path) -> None
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"scheduler": ["diffusers", "DDIMScheduler"]}, "names the scheduler DDIMScheduler"),
+        ({"scheduler": ["diffusers", "HeunDiscreteScheduler"]}, "names the scheduler HeunDiscreteScheduler; of"),
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, "guided by text or images"),
-        ({"_class_name": "DDIMPipeline"}, "is of a DDIMPipeline; only DDPMPipeline"),
         ({"vqvae": ["diffusers", "VQModel"], "_class_name": "LDMPipeline"}, "a LDMPipeline with vqvae: latent"),
     ],
 )

@@ -24,7 +24,9 @@ from . import infer
 from .express import for_diffusers
 from .family import FLOATS, Checkpoint, Family, Found, check_names, fit
 from .files import CheckpointError, first_line, safetensors_bytes
-from .layout import CONFIG, LABELS, MODEL_INDEX, SCHEDULER, UNETS, WEIGHTS, check_class
+from .layout import CONFIG, LABELS, MODEL_INDEX, PIPELINE, SCHEDULER, UNETS, WEIGHTS, check_class
+from .lucidrains_unet import LucidrainsUnet
+from .schedulers import DDIM, DDPM_STEPS, schedule_fields
 
 FORMAT_VERSION = "0.42.1"  # the diffusers whose files these are; any from 0.17 on reads them
 
@@ -139,7 +141,9 @@ def _check_size(values: Mapping[str, Any], found: Found) -> None:
 
 def _schedule(found: Found, config: UNetConfig, notes: list[str]) -> Schedule:
     if found.scheduler is not None:
-        values = schedule_fields(found.scheduler, notes)
+        values = schedule_fields(found.scheduler, notes, found.scheduler.get(PIPELINE))
+        if found.overrides.get("method", values.get("method")) != values.get("method"):
+            values.pop("num_inference_steps", None)  # the other method's
     else:
         values = infer.preset_schedule(found.preset, config.block_out_channels) if found.preset else {}
         if config.out_channels == 2 * config.in_channels:
@@ -161,26 +165,6 @@ def _schedule(found: Found, config: UNetConfig, notes: list[str]) -> Schedule:
             f"{MAX_TIMESTEPS:,} are supported"
         )
     return schedule
-
-
-def schedule_fields(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """A scheduler_config.json in today's fields; what old revisions called otherwise is noted."""
-    values = {k: v for k, v in config.items() if not k.startswith("_")}
-    for old, new in (("timesteps", "num_train_timesteps"), ("clip_predicted_image", "clip_sample")):
-        if old in values:
-            value = values.pop(old)
-            if new not in values:
-                values[new] = value
-                notes.append(f"the schedule's old field {old} is read as {new}")
-    if "predict_epsilon" in values:
-        epsilon = values.pop("predict_epsilon")
-        if "prediction_type" not in values:
-            values["prediction_type"] = "epsilon" if epsilon else "sample"
-            notes.append(f"the schedule's old field predict_epsilon={epsilon} is read as prediction_type")
-    values.pop("tensor_format", None)
-    if values.pop("timestep_values", None) is not None:
-        notes.append("the schedule's old field timestep_values is ignored, as it always was upstream")
-    return values
 
 
 # --- saving ---
@@ -223,6 +207,8 @@ def _contents(
     model: UNet, schedule: Schedule, dtype: torch.dtype | None, label_names: Sequence[str] | None
 ) -> dict[str, bytes]:
     """The files of the layout, in the order in which they are to be replaced."""
+    if isinstance(model, LucidrainsUnet):
+        raise CheckpointError("diffusers has no such network as lucidrains' U-Net, so it cannot be saved in its layout")
     if not isinstance(model, UNet) or not isinstance(schedule, Schedule):
         raise CheckpointError(
             f"save needs a UNet and a Schedule; got {type(model).__name__} and {type(schedule).__name__}"
@@ -238,24 +224,35 @@ def _contents(
         raise CheckpointError(f"label_names must be at most {classes} strings, one a class; got {label_names!r}")
     if model.config.sample_size is None:
         warnings.warn("sample_size is None: diffusers' pipeline will load this model, but not run it", stacklevel=3)
-    values = schedule.to_dict()
-    if schedule.variance_type == "fixed_large_log":
-        values["variance_type"] = "fixed_large"  # the same here; upstream gives NaN under the other name
+    scheduler, pipeline, values = _scheduler_file(schedule)
     origin = {"_diffusers_version": FORMAT_VERSION}
     index = {
-        "_class_name": "DDPMPipeline",
+        "_class_name": pipeline,
         **origin,
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "unet": ["diffusers", "UNet2DModel"],
     }
     contents = {
         f"unet/{WEIGHTS}.safetensors": safetensors_bytes(_stored(model, dtype)),
         f"unet/{CONFIG}": _json({"_class_name": "UNet2DModel", **origin, **model.config.to_dict()}),
-        f"scheduler/{SCHEDULER}": _json({"_class_name": "DDPMScheduler", **origin, **values}),
+        f"scheduler/{SCHEDULER}": _json({"_class_name": scheduler, **origin, **values}),
     }
     if label_names is not None:
         contents[LABELS] = _json({"labels": list(label_names)})
     return contents | {MODEL_INDEX: _json(index)}
+
+
+def _scheduler_file(schedule: Schedule) -> tuple[str, str, dict[str, Any]]:
+    """(scheduler class, pipeline class, fields) that say this schedule in diffusers."""
+    values = {k: v for k, v in schedule.to_dict().items() if k not in ("method", "num_inference_steps")}
+    if schedule.method == "ddpm":
+        values.pop("set_alpha_to_one", None)
+        if schedule.variance_type == "fixed_large_log":
+            values["variance_type"] = "fixed_large"  # the same here; upstream gives NaN under the other name
+        return "DDPMScheduler", "DDPMPipeline", values
+    values.pop("variance_type")
+    whole = schedule.num_inference_steps in (None, min(DDPM_STEPS, schedule.num_train_timesteps))
+    return DDIM[0], "DDPMPipeline" if whole else "DDIMPipeline", values
 
 
 def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from ..config import UNetConfig
 from ..schedule import SECTIONS, Schedule
 from ..unet import UNet, sinusoid
 from .files import CheckpointError
+from .schedulers import DDIM_STEPS
 
 
 def for_diffusers(model: UNet, schedule: Schedule) -> tuple[UNet, Schedule, list[str]]:
@@ -80,9 +81,20 @@ def _schedule(schedule: Schedule, notes: list[str]) -> Schedule:
     if schedule.timestep_spacing == SECTIONS:
         fields["timestep_spacing"] = "linspace"
         notes.append("for shorter chains diffusers has linspace, which rounds some steps otherwise than OpenAI's rule")
-    if schedule.timestep_respacing:
+    if schedule.method == "ddim":
+        default = min(DDIM_STEPS, schedule.num_train_timesteps)
+        if schedule.eta or schedule.num_inference_steps not in (None, default, schedule.num_train_timesteps):
+            fields |= {"eta": 0.0, "num_inference_steps": default}
+            notes.append(
+                f"a DDIMPipeline is told its steps and eta when it is called, not by its files: {default} and 0 "
+                f"there, not {schedule.num_inference_steps} and {schedule.eta:g}"
+            )
+        if schedule.beta_schedule in ("laplace", "sigmoid") and schedule.trained_betas is None:
+            raise CheckpointError(f"diffusers' DDIMScheduler has no beta_schedule {schedule.beta_schedule!r}")
+    steps = schedule.timestep_respacing or (schedule.num_inference_steps if schedule.method == "ddpm" else None)
+    if steps:
         fields["timestep_respacing"] = ""
-        notes.append(f"diffusers' files do not say which steps to take: {schedule.timestep_respacing!r} is left out")
+        notes.append(f"diffusers' files do not say which steps to take: {steps!r} is left out")
     if schedule.use_clipped_model_output:
         fields["use_clipped_model_output"] = False
         notes.append("OpenAI's DDIM is diffusers' with use_clipped_model_output=True, given to DDIMPipeline's call")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import CheckpointError, listing, read_json
+from .schedulers import PIPELINES_BY_SIGMA, by_sigma, check_scheduler
 
 WEIGHTS = "diffusion_pytorch_model"
 CONFIG, SCHEDULER, MODEL_INDEX, LABELS = "config.json", "scheduler_config.json", "model_index.json", "labels.json"
@@ -14,7 +15,7 @@ UNETS = ("unet_ema", "unet")  # the averaged weights of a training folder are th
 # Preferred first. An index wins over a single file, as upstream.
 PLAIN = (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin.index.json", f"{WEIGHTS}.bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
-_OTHER_PIPELINES = ("DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "KarrasVePipeline")
+PIPELINE = "_pipeline"  # the key under which a scheduler's settings tell the class that model_index.json names
 
 
 class Layout(NamedTuple):
@@ -78,8 +79,8 @@ def check_pipeline(root: Path) -> None:
         raise CheckpointError(
             f"{path} is of a {name} with {listing(extra)}: latent or text-guided diffusion, not a pixel-space DDPM"
         )
-    if name in _OTHER_PIPELINES:
-        raise CheckpointError(f"{path} is of a {name}; only DDPMPipeline is supported")
+    if name in PIPELINES_BY_SIGMA:
+        raise CheckpointError(f"{path} is of a {name}, {by_sigma(name)}")
     unet = index.get("unet")
     if isinstance(unet, list):
         check_class({"_class_name": unet[-1]}, path)
@@ -141,17 +142,16 @@ def _scheduler(root: Path) -> tuple[dict[str, Any] | None, list[str]]:
         path = folder / SCHEDULER
         config = read_json(path) if path.exists() else None
         index = read_json(place / MODEL_INDEX) if (place / MODEL_INDEX).exists() else {}
-        named = index.get("scheduler")
-        _check_scheduler_class(named[-1] if isinstance(named, list) and named else None, place / MODEL_INDEX)
+        entry = index.get("scheduler")
+        named = entry[-1] if isinstance(entry, list) and entry else None
+        check_scheduler(named, place / MODEL_INDEX)
         if config is not None:
-            _check_scheduler_class(config.get("_class_name"), path)
+            check_scheduler(config.get("_class_name"), path)
+            if named is not None:  # as upstream: the index has the last word
+                config["_class_name"] = named
+            config[PIPELINE] = index.get("_class_name")
             return config, [] if place == root else [f"the schedule is that of {place.name}, the folder above"]
     return None, []
-
-
-def _check_scheduler_class(name: object, path: Path) -> None:
-    if name not in (None, "DDPMScheduler", "GaussianDDPMScheduler"):
-        raise CheckpointError(f"{path} names the scheduler {name}; only DDPMScheduler is supported")
 
 
 def _labels(root: Path) -> list[str] | None:

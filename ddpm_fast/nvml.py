@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from .nvml_devices import Identity, find_handle, text, torch_identity
 
 INTERVAL_S = 0.05  # between samples; NVML's own averages are over a sixth of a second to a second
 
@@ -97,59 +99,6 @@ def integral(points: Sequence[tuple[float, float]]) -> float:
     return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
 
 
-class Identity(NamedTuple):
-    """How torch knows a GPU, whatever CUDA_VISIBLE_DEVICES makes of the numbers."""
-
-    uuid: str | None  # without a prefix
-    pci: str | None  # "00000000:65:00.0"
-
-
-def torch_identity(index: int) -> Identity:
-    p = torch.cuda.get_device_properties(index)
-    uuid = getattr(p, "uuid", None)
-    parts = [getattr(p, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-    pci = None if None in parts else "{:08X}:{:02X}:{:02X}.0".format(*parts)  # type: ignore[arg-type]
-    return Identity(None if uuid is None else str(uuid), pci)
-
-
-def find_handle(
-    library: Any,
-    index: int,
-    identity: Identity,
-    environment: Mapping[str, str],
-) -> tuple[Any, str]:
-    """NVML's handle of torch's CUDA device ``index``, and how it was found. Raises the library's NVMLError."""
-    visible = [e.strip() for e in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if e.strip()]
-    entry = visible[index] if index < len(visible) else None
-    tries: list[tuple[str, Callable[[], Any]]] = []
-    if entry is not None and entry.startswith("MIG-"):
-        tries.append(("MIG uuid", lambda: library.nvmlDeviceGetHandleByUUID(entry)))
-    if identity.uuid is not None:
-        for prefix in ("GPU-", "MIG-"):
-            full = prefix + identity.uuid.removeprefix(prefix)
-            tries.append(("uuid", lambda full=full: library.nvmlDeviceGetHandleByUUID(full)))
-    if identity.pci is not None:
-        tries.append(("PCI bus id", lambda: library.nvmlDeviceGetHandleByPciBusId(identity.pci)))
-    for how, attempt in tries:
-        try:
-            return attempt(), how
-        except library.NVMLError:
-            continue
-    if entry is not None and entry.startswith("GPU-"):
-        return _by_short_uuid(library, entry), "uuid"
-    number = int(entry) if entry is not None and entry.isdigit() else index
-    return library.nvmlDeviceGetHandleByIndex(number), "index"
-
-
-def _by_short_uuid(library: Any, start: str) -> Any:
-    """CUDA_VISIBLE_DEVICES takes the beginning of a uuid too."""
-    for i in range(library.nvmlDeviceGetCount()):
-        handle = library.nvmlDeviceGetHandleByIndex(i)
-        if _text(library.nvmlDeviceGetUUID(handle)).startswith(start):
-            return handle
-    raise library.NVMLError(library.NVML_ERROR_NOT_FOUND)
-
-
 class Watch:
     """Samples ``devices`` in a thread while the block runs.
 
@@ -171,7 +120,7 @@ class Watch:
         self._devices = [torch.device(d) for d in devices]
         self._interval, self._library, self._identify, self._clock = interval_s, library, identify, clock
         self._environment = os.environ if environment is None else environment
-        self._gpus: list[_Gpu] = []
+        self._gpus: list[WatchedGpu] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.began = 0.0  # on ``clock``
@@ -196,7 +145,7 @@ class Watch:
             index = torch.cuda.current_device() if device.index is None else device.index
             try:
                 handle, how = find_handle(library, index, self._identify(index), self._environment)
-                self._gpus.append(_Gpu(library, f"cuda:{index}", handle, how))
+                self._gpus.append(WatchedGpu(library, f"cuda:{index}", handle, how))
             except library.NVMLError as error:
                 self.reason = f"NVML does not know cuda:{index}: {error}"
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
@@ -224,7 +173,7 @@ class Watch:
                 return
 
 
-class _Gpu:
+class WatchedGpu:
     """One device while it is watched."""
 
     def __init__(self, library: Any, device: str, handle: Any, how: str):
@@ -237,9 +186,9 @@ class _Gpu:
         is_mig = self._ask(lambda: library.nvmlDeviceIsMigDeviceHandle(handle))
         self.mig = bool(getattr(is_mig, "value", is_mig))
         whole = library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if self.mig else handle
-        self.name = _text(self._ask(lambda: library.nvmlDeviceGetName(handle)) or "a GPU without a name")
+        self.name = text(self._ask(lambda: library.nvmlDeviceGetName(handle)) or "a GPU without a name")
         uuid = self._ask(lambda: library.nvmlDeviceGetUUID(handle))
-        self.uuid = None if uuid is None else _text(uuid)
+        self.uuid = None if uuid is None else text(uuid)
         self._readers = _readers(library, handle, whole)
         if how == "index":
             self.notes.append("matched by number, for want of a uuid: NVML may count the GPUs in another order")
@@ -319,8 +268,10 @@ def _readers(library: Any, handle: Any, whole: Any) -> dict[tuple[str, ...], Cal
         return rates.gpu, rates.memory
 
     def reasons() -> Sequence[Any]:
-        current = getattr(library, "nvmlDeviceGetCurrentClocksEventReasons", None)
-        mask = (current or library.nvmlDeviceGetCurrentClocksThrottleReasons)(whole)
+        try:
+            mask = library.nvmlDeviceGetCurrentClocksEventReasons(whole)
+        except (AttributeError, library.NVMLError_FunctionNotFound):  # the name before driver 535
+            mask = library.nvmlDeviceGetCurrentClocksThrottleReasons(whole)
         return (tuple(name for bit, name in throttle_reasons(library).items() if mask & bit),)
 
     return {
@@ -356,7 +307,3 @@ def throttle_reasons(library: Any) -> dict[int, str]:
             if bit is not None:
                 found[int(bit)] = meaning
     return found
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

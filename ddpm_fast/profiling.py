@@ -22,7 +22,7 @@ from .kernels.cost import total
 from .nvml import Series, Watch
 from .planning import Line, group
 from .profiling_probe import Clock, Probe, Step, clock_for
-from .profiling_run import Run, measure, watched_run
+from .profiling_run import Run, measure, watched_run, with_ops
 from .recording import Record
 from .roofline import Roofs, roofs
 from .sampler import Sampler
@@ -192,12 +192,12 @@ def profile(
     """Run the sampler for some steps and time every operation. ValueError for what does not fit together."""
     if not isinstance(model, UNet):
         raise ValueError(f"profile needs a UNet, whose operations it can time; got {type(model).__name__}")
-    sampler = Sampler(model, schedule, batch_size, dtype=dtype, device=device, ops=ops, graph="none")
+    sampler = Sampler(model, schedule, batch_size, dtype=dtype, device=device, ops=ops, graph=graph)
     chain, where = len(sampler.table), sampler.device
     if not 1 <= steps <= chain:
         raise ValueError(f"steps must be in 1..{chain}, the steps of the chain; got {steps}")
     labels = _labels(model, batch_size)
-    probe, plain = measure(sampler, steps, clock or clock_for(where), labels)
+    probe, plain = measure(with_ops(sampler, sampler.ops), steps, clock or clock_for(where), labels)
     needed = {dtype} | {r.dtype for r in probe.records if r.cost.flops}
     found = {_name(d): find_roofs(where, d) for d in needed}
     calls = _calls(probe, found, _name(dtype))

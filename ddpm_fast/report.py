@@ -134,14 +134,14 @@ def trace(p: Profile) -> dict[str, Any]:
         events.append(_complete(f"step {i + 1}", "step", 1, at, step.seconds, {}))
         for call, (begin, end) in zip(p.calls, step.calls):
             r = call.record
-            args = {"layer": call.layer, "detail": r.detail, "out": list(r.out), "dtype": str(r.dtype)}
+            args: dict[str, Any] = {"layer": call.layer, "detail": r.detail, "out": list(r.out), "dtype": str(r.dtype)}
             args |= {"flops": r.cost.flops, "bytes": r.cost.bytes, "roof_us": call.roof_s * 1e6, "bound": call.bound}
             events.append(_complete(r.operation, "operation", 1, at + begin * 1e6, end - begin, args))
     if p.run is not None:
         at = (p.run.began - zero) * 1e6
         events.append(_name("thread_name", 1, 2, "the sampler at work"))
-        args = {"steps": p.run.steps, "graph": p.run.graph}
-        events.append(_complete("sampling", "run", 2, at, p.run.seconds, args))
+        about = {"steps": p.run.steps, "graph": p.run.graph}
+        events.append(_complete("sampling", "run", 2, at, p.run.seconds, about))
         for number, gpu in enumerate(p.run.gpus):
             pid = 2 + number
             events.append(_name("process_name", pid, 0, f"{gpu.device} {gpu.name} (NVML)"))
@@ -160,7 +160,15 @@ def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
 def _complete(
     name: str, category: str, tid: int, at_us: float, seconds: float, args: Mapping[str, Any]
 ) -> dict[str, Any]:
-    event = {"ph": "X", "pid": 1, "tid": tid, "ts": at_us, "dur": seconds * 1e6, "name": name, "cat": category}
+    event: dict[str, Any] = {
+        "ph": "X",
+        "pid": 1,
+        "tid": tid,
+        "ts": at_us,
+        "dur": seconds * 1e6,
+        "name": name,
+        "cat": category,
+    }
     return {**event, "args": dict(args)}
 
 

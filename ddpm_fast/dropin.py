@@ -1,4 +1,4 @@
-"""accelerate(pipeline): a diffusers DDPMPipeline in, an object that is called the same way out.
+"""accelerate(pipeline): a diffusers DDPMPipeline or DDIMPipeline in, an object that is called the same way out.
 
 diffusers itself is not imported: the pipeline's ``unet`` and ``scheduler`` are read by their configs and weights.
 """
@@ -6,13 +6,14 @@ diffusers itself is not imported: the pipeline's ``unet`` and ``scheduler`` are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checkpoints.schedulers import DDIM, DDPM, schedule_fields
 from .config import UNetConfig
 from .images import picture
 from .ops import Ops
@@ -56,7 +57,7 @@ class Accelerated:
     ):
         self.pipeline, self.model, self.schedule = pipeline, model, schedule
         self.dtype, self.device, self._ops, self._graph = dtype, device, ops, graph
-        self._sampler: tuple[int, Sampler] | None = None  # of one number of steps: it holds a copy of the weights
+        self._sampler: tuple[object, Sampler] | None = None  # of one kind of chain: it holds a copy of the weights
         self._progress_bar_config: dict[str, Any] = dict(getattr(pipeline, "_progress_bar_config", None) or {})
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -92,10 +93,10 @@ class Accelerated:
         are the images up to rounding; without one it comes from torch's global generator of the device, as
         there. Tensors are float32 in any dtype. Raises ValueError for more steps than the model was trained with.
         """
-        output_type = output_type or "np"
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
-        x = self._draw(batch_size, generator, num_inference_steps)
+        output_type = _output_type(output_type)
+        return self._images(self._draw(batch_size, generator, num_inference_steps), output_type, return_dict)
+
+    def _images(self, x: Tensor, output_type: str, return_dict: bool) -> ImageOutput | tuple[Any]:
         images: Any
         if output_type == "pil":
             images = [picture(image) for image in to_uint8(x).cpu().numpy()]
@@ -105,13 +106,18 @@ class Accelerated:
                 images = images.cpu().permute(0, 2, 3, 1).numpy()
         return ImageOutput(images) if return_dict else (images,)
 
-    def _draw(self, n: int, generator: Any, steps: int) -> Tensor:
+    def _draw(
+        self, n: int, generator: Any, steps: int, schedule: Schedule | None = None, eta: float | None = None
+    ) -> Tensor:
         """x_0 [n, C, H, W], with the pipeline's progress bar."""
-        if self._sampler is None or self._sampler[0] != steps:
+        schedule = schedule or self.schedule
+        chain = steps, schedule, eta
+        if self._sampler is None or self._sampler[0] != chain:
             self._sampler = None  # its weights go before the next ones come
             sampler = Sampler(
                 self.model,
-                self.schedule,
+                schedule,
+                eta=eta,
                 batch_size=MOST_IMAGES,
                 steps=steps,
                 dtype=self.dtype,
@@ -119,7 +125,7 @@ class Accelerated:
                 ops=self._ops,
                 graph=self._graph,
             )
-            self._sampler = steps, sampler
+            self._sampler = chain, sampler
         sampler = self._sampler[1]
         sampler.noise = generator if generator is not None else _global_generator(self.device)
         config = {"disable": not _is_first_process(), **self._progress_bar_config}
@@ -135,6 +141,29 @@ class Accelerated:
             return sampler.sample(n, callback=show, interval=-(-steps // PROGRESS_UPDATES))
 
 
+class AcceleratedDDIM(Accelerated):
+    """A DDIMPipeline's call signature over a `Sampler`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImageOutput | tuple[Any]:
+        """Draw ``batch_size`` images. Arguments and results are those of ``DDIMPipeline.__call__``.
+
+        Noise and tensors as in `Accelerated`. Raises ValueError for an eta outside [0, 1], where upstream warns.
+        """
+        output_type = _output_type(output_type)
+        schedule = replace(self.schedule, use_clipped_model_output=bool(use_clipped_model_output))
+        x = self._draw(batch_size, generator, num_inference_steps, schedule, eta)
+        return self._images(x, output_type, return_dict)
+
+
 def accelerate(
     pipeline: Any,
     *,
@@ -143,37 +172,48 @@ def accelerate(
     ops: str | Ops = "auto",
     graph: str = "auto",
 ) -> Accelerated:
-    """A fast stand-in for a diffusers ``DDPMPipeline``, called in the same way; the pipeline is left as it is.
+    """A fast stand-in for a diffusers ``DDPMPipeline`` or ``DDIMPipeline``, called in the same way; the pipeline is
+    left as it is.
 
-    ops and graph are those of `Sampler`. Raises ValueError for a pipeline that is not a DDPMPipeline's parts: a
-    UNet2DModel, compiled or not, and a DDPMScheduler.
+    ops and graph are those of `Sampler`. Raises ValueError for a pipeline that has other parts than they: a
+    UNet2DModel, compiled or not, and a DDPMScheduler or DDIMScheduler.
     """
     unet: Any = getattr(pipeline, "unet", None)
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
     scheduler: Any = getattr(pipeline, "scheduler", None)
     if not hasattr(unet, "config") or not hasattr(scheduler, "config"):
-        raise ValueError(f"accelerate takes a diffusers DDPMPipeline; got {type(pipeline).__name__}")
-    kind = type(scheduler).__name__
-    if kind != "DDPMScheduler":
+        raise ValueError(f"accelerate takes a diffusers DDPMPipeline or DDIMPipeline; got {type(pipeline).__name__}")
+    steps = type(scheduler).__name__
+    if steps not in (*DDPM, *DDIM):
         raise ValueError(
-            f"accelerate runs the steps of a DDPMScheduler; this pipeline has a {kind}; "
-            "set pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)"
+            f"accelerate runs the steps of a DDPMScheduler or DDIMScheduler; this pipeline has a {steps}; "
+            "set pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)"
         )
+    by_ddim = any(base.__name__ == "DDIMPipeline" for base in type(pipeline).__mro__)
+    fields = {**dict(scheduler.config), "_class_name": steps}
+    schedule = Schedule.from_dict(schedule_fields(fields, [], "DDIMPipeline" if by_ddim else "DDPMPipeline"))
     kind = type(unet).__name__
     if kind != "UNet2DModel":
         raise ValueError(f"accelerate takes a pipeline around a UNet2DModel; this one has a {kind}")
     with torch.device("meta"):
         model = UNet(UNetConfig.from_dict(dict(unet.config)))
     model.load_state_dict(unet.state_dict(), assign=True)
-    return Accelerated(
+    return (AcceleratedDDIM if by_ddim else Accelerated)(
         pipeline,
         model.eval(),
-        Schedule.from_dict(dict(scheduler.config)),
+        schedule,
         dtype=dtype or model.dtype,
         device=torch.device(device) if device is not None else model.device,
         ops=ops,
         graph=graph,
     )
+
+
+def _output_type(name: str | None) -> str:
+    name = name or "np"
+    if name not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {name!r}")
+    return name
 
 
 def _is_first_process() -> bool:

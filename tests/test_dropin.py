@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from models import TINY, diffusers_unet
 from torch import Tensor, nn
 
@@ -90,6 +90,40 @@ def test_one_object_for_any_batch_and_number_of_steps():
     for n, steps in [(1, 20), (3, 20), (2, 10), (1, 20)]:
         theirs = p(n, generators(n)[0], steps, output_type="np").images
         assert worst(fast(n, generators(n)[0], steps, output_type="np").images, theirs) <= 5e-5
+
+
+# --- DDIM ---
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"eta": 0.7}, {"use_clipped_model_output": True, "eta": 0.2}],
+    ids=lambda call: ",".join(call) or "default",
+)
+def test_a_ddim_pipeline_with_its_own_call(call: dict[str, Any]):
+    """The same images, and as many numbers drawn: none a step at eta 0."""
+    p = DDIMPipeline(diffusers_unet(SMALL), DDIMScheduler(set_alpha_to_one=False, timestep_spacing="linspace"))
+    p.set_progress_bar_config(disable=True)
+    fast, draws = df.accelerate(p), {}
+    for name, one in (("theirs", p), ("ours", fast)):
+        generator = generators(7)[0]
+        steps = {} if not call else {"num_inference_steps": 12}
+        images = one(2, generator, output_type="np", **steps, **call).images
+        draws[name] = images, torch.rand((), generator=generator)
+    assert worst(draws["ours"][0], draws["theirs"][0]) <= 1e-4
+    assert draws["ours"][1] == draws["theirs"][1]
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\]; got 1.5"):
+        fast(eta=1.5, num_inference_steps=2)
+
+
+def test_a_ddim_scheduler_in_a_ddpm_pipeline():
+    p = pipeline(**SHORT)
+    p.scheduler = DDIMScheduler.from_config(p.scheduler.config)
+    theirs = p(2, generators(7)[0], 10, output_type="np").images
+    fast = df.accelerate(p)
+    assert worst(fast(2, generators(7)[0], 10, output_type="np").images, theirs) <= 1e-4
+    with pytest.raises(ValueError, match=r"1000"):  # DDPMPipeline's own default
+        fast()
 
 
 @pytest.mark.parametrize(
@@ -214,10 +248,10 @@ def test_more_steps_than_the_model_knows():
 
 def test_what_is_no_ddpm_pipeline():
     p = pipeline(**SHORT)
-    with pytest.raises(ValueError, match="takes a diffusers DDPMPipeline; got UNet2DModel"):
+    with pytest.raises(ValueError, match="takes a diffusers DDPMPipeline or DDIMPipeline; got UNet2DModel"):
         df.accelerate(p.unet)
-    p.scheduler = DDIMScheduler.from_config(p.scheduler.config)
-    with pytest.raises(ValueError, match="steps of a DDPMScheduler; this pipeline has a DDIMScheduler; set"):
+    p.scheduler = PNDMScheduler.from_config(p.scheduler.config)
+    with pytest.raises(ValueError, match="DDPMScheduler or DDIMScheduler; this pipeline has a PNDMScheduler; set"):
         df.accelerate(p)
 
     class Other(UNet2DModel):

@@ -5,7 +5,7 @@
 
 The rules are the sample store's. A free worker takes the first shard that is neither finished nor claimed. A worker
 that dies loses what it had of its shard, starts again after a while, and the shard is taken up when its claim is seen
-to be stale. A finished shard is never done again. Time is simulated, from the given rates; nothing is measured here.
+to be stale. Workers with nothing to do wait until the set is whole. A finished shard is never done again. Time is simulated, from the given rates; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Cluster:
     start_s: float = 40.0  # process start, loading, preparing, capture: at the beginning and after a failure
     shard_overhead_s: float = 0.05  # claim, write, flush, rename
     hours_between_failures: float = 200.0  # of one worker, exponential; inf: none
-    stale_s: float = 60.0  # until a dead worker's claim is taken over
+    stale_s: float = 120.0  # until a dead worker's claim is taken over, as between machines
     speed_spread: float = 0.03  # deviation of the log of a worker's speed
     straggler_share: float = 0.01  # workers that run at straggler_speed
     straggler_speed: float = 0.4
@@ -67,9 +67,11 @@ class _Run:
         self.shards = -(-images // shard)
         self.fresh = 0  # shards below were taken at least once
         self.given_up: list[tuple[float, int]] = []  # (from when a claim is stale, shard)
+        self.waiting: list[int] = []  # workers with nothing to do
         self.sampled_s = self.lost_s = self.end = 0.0
         self.failures = 0
         self.first_idle = math.inf
+        self.stale_from = 0.0  # of the last shard that was given up
 
     def outcome(self) -> Outcome:
         free = [(self.cluster.start_s, worker) for worker in range(self.cluster.workers)]
@@ -86,16 +88,18 @@ class _Run:
             taken = self._take(now)
             if taken is None:
                 self.first_idle = min(self.first_idle, now)
-                # Nothing now; a claim may become stale later, and until the end any running worker may die.
-                later = min((moment for moment, _ in self.given_up), default=None)
-                if later is not None:
-                    heapq.heappush(free, (later, worker))
+                if self.given_up:
+                    heapq.heappush(free, (self.given_up[0][0], worker))
+                else:
+                    self.waiting.append(worker)
                 continue
             size = min(self.shard, self.images - taken * self.shard)
             seconds = size * self.cluster.seconds_per_image / self.speeds[worker]
             done = now + seconds + self.cluster.shard_overhead_s
             if fails[worker] < done:
                 self._die(worker, taken, now, fails, free)
+                if self.waiting:  # someone takes it up
+                    heapq.heappush(free, (self.stale_from, self.waiting.pop()))
             else:
                 self.sampled_s += seconds
                 self.end = max(self.end, done)
@@ -122,10 +126,10 @@ class _Run:
         self.failures += 1
         self.lost_s += moment - now
         back = moment + self.cluster.start_s
-        heapq.heappush(self.given_up, (moment + self.cluster.stale_s, taken))
+        self.stale_from = moment + self.cluster.stale_s
+        heapq.heappush(self.given_up, (self.stale_from, taken))
         fails[worker] = self._next_failure(back)
-        # The shard must find a worker even if all others have gone home: this one comes back for it.
-        heapq.heappush(free, (max(back, moment + self.cluster.stale_s) if self.fresh == self.shards else back, worker))
+        heapq.heappush(free, (back, worker))
 
     def _next_failure(self, start: float) -> float:
         return start + float(self.random.exponential(self.cluster.hours_between_failures * HOUR))

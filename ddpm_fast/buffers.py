@@ -20,6 +20,7 @@ ALIGNMENT = 256  # bytes: more than any vector load or descriptor asks
 LEAST_PIXELS = 4096  # of a part; below, its convolution leaves a large GPU idle
 MANY_PIXELS = 1 << 17  # of a part; from here on it takes long enough for its launches to be free
 MOST_LAUNCHES = 4  # more, for parts smaller than that
+MOST_PARTS = 8  # the memory of one part is little by then
 WORTH = 0.98  # a split must bring the arena below this share of what it was
 
 
@@ -146,7 +147,7 @@ def _at_the_peak(found: Plan, most_launches: int, least_pixels: int) -> dict[int
             continue
         n, _, h, w = request.shape
         pixels = n * h * w
-        parts = min(n, max(3, pixels // MANY_PIXELS), pixels // least_pixels)
+        parts = min(n, MOST_PARTS, max(3, pixels // MANY_PIXELS), pixels // least_pixels)
         if parts > 1 and _launches(request, parts) <= left:
             choices.append((request.size, number, parts))
     return dict([max(choices)[1:]]) if choices else None

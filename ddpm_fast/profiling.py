@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .schedule import Schedule
 from .unet import UNet
 
 WATCH_S = 4.0  # NVML's averages are over up to a second
+BUSY = 0.9  # a sum of medians below this share of the median of sums is worth a note
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,18 @@ class Profile:
 
     @property
     def step_s(self) -> float:
-        """With instruments: all rows and `other_s`."""
+        """The sum of all rows and `other_s`, each a median of its own: what shares are of."""
         return sum(c.seconds for c in self.calls) + self.other_s
 
     @property
+    def timed_s(self) -> float:
+        """A step while it was timed call by call."""
+        return statistics.median(step.seconds for step in self.steps)
+
+    @property
     def instrumented_ratio(self) -> float:
-        """The instrumented step over the plain one: what looking cost."""
-        return self.step_s / self.plain_s
+        """The timed step over the plain one: what looking cost."""
+        return self.timed_s / self.plain_s
 
     @property
     def roof_s(self) -> float:
@@ -204,9 +210,8 @@ def profile(
     run = None
     if where.type == "cuda":
         run = watched_run(sampler, graph, seconds, labels, Watch([where]), lambda: torch.cuda.synchronize(where))
-    gaps = list(zip(*(step.gaps for step in probe.steps)))
-    gaps_s = (statistics.median(gaps[0]), statistics.median(gaps[1]), statistics.median(gaps[2]))
-    return Profile(
+    before, between, after = (statistics.median(gap) for gap in zip(*(step.gaps for step in probe.steps)))
+    p = Profile(
         title=title,
         batch=batch_size,
         dtype=dtype,
@@ -214,14 +219,14 @@ def profile(
         chain=chain,
         steps=tuple(probe.steps),
         calls=tuple(calls),
-        rows=tuple(_rows(calls, sum(c.seconds for c in calls) + sum(gaps_s))),
-        gaps_s=gaps_s,
+        rows=tuple(_rows(calls, sum(c.seconds for c in calls) + before + between + after)),
+        gaps_s=(before, between, after),
         plain_s=statistics.median(plain),
         run=run,
         roofs=found,
         environment=environment(where, command),
-        notes=tuple(_notes(calls)),
     )
+    return replace(p, notes=tuple(_notes(p)))
 
 
 def _labels(model: UNet, n: int) -> torch.Tensor | int | None:
@@ -259,14 +264,20 @@ def _rows(calls: Sequence[Call], step_s: float) -> list[Row]:
     return sorted(rows, key=lambda r: -r.gap_s)
 
 
-def _notes(calls: Sequence[Call]) -> list[str]:
-    above = sum(c.seconds < c.roof_s for c in calls)
-    if not above:
-        return []
-    return [
-        f"{above} of {len(calls)} calls are above a roof: their data stayed in a cache, which is faster than "
-        "memory, or they do fewer products than are counted"
-    ]
+def _notes(p: Profile) -> list[str]:
+    notes = []
+    above = sum(c.seconds < c.roof_s for c in p.calls)
+    if above:
+        notes.append(
+            f"{above} of {len(p.calls)} calls are above a roof: their data stayed in a cache, which is faster than "
+            "memory, or they do fewer products than are counted"
+        )
+    if p.step_s < BUSY * p.timed_s:
+        notes.append(
+            f"the medians of a step's parts sum to {p.step_s / p.timed_s:.0%} of the median step: other work had this "
+            "device at times, and the parts are nearer to what they take alone"
+        )
+    return notes
 
 
 def limits(p: Profile) -> list[str]:

@@ -70,7 +70,7 @@ def profile_text(p: Profile) -> str:
         f"on {env.get('device')}, torch {env.get('versions', {}).get('torch')}, "
         f"commit {(env.get('commit') or 'unknown')[:12]}",
         "",
-        f"step          {p.plain_s * 1e3:.3f} ms plain, {p.step_s * 1e3:.3f} ms with instruments "
+        f"step          {p.plain_s * 1e3:.3f} ms plain, {p.timed_s * 1e3:.3f} ms with instruments "
         f"({p.instrumented_ratio:.3f} times), {p.roof_s * 1e3:.3f} ms at the roofs ({p.roof_s / p.work_s:.0%})",
         f"work          {flops / 1e9:.2f} GFLOP and {moved / 1e9:.3f} GB a step, at least",
         f"images/s      {p.images_per_s:.4g}, extrapolated to {p.chain} steps"

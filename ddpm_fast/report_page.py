@@ -94,7 +94,7 @@ def _figures(p: Profile) -> str:
         (f"{p.work_s * 1e3:.2f}", "ms a step"),
         (f"{p.roof_s / p.work_s:.0%}", "of what the roofs allow"),
         (short(p.images_per_s), f"images a second over {p.chain:,} steps, extrapolated"),
-        (f"{p.instrumented_ratio:.2f}\u00d7", "the step while it was timed call by call"),
+        (f"{p.instrumented_ratio:.2f}\u00d7", "as long a step while it was timed call by call"),
     ]
     for gpu in p.gpus:
         joules = p.joules_per_image(gpu)
@@ -204,7 +204,7 @@ sorts by its column, and an operation opens into its layers.</p>
 <tbody>{body}</tbody>
 <tfoot><tr><th scope="row">in no operation</th><td></td><td class="num">{other}</td>
 <td class="num">{p.other_s / p.step_s:.1%}</td><td colspan="6"></td><td class="num">{other}</td></tr>
-<tr><th scope="row">the step, while timed</th><td class="num">{len(p.calls)}</td>
+<tr><th scope="row">sum of a step</th><td class="num">{len(p.calls)}</td>
 <td class="num">{p.step_s * 1e3:.3f}</td>
 <td class="num">100.0%</td><td colspan="5"></td><td class="num">{p.roof_s / p.step_s:.0%}</td>
 <td class="num">{(p.step_s - p.roof_s) * 1e3:.3f}</td></tr></tfoot>
@@ -268,7 +268,7 @@ def _colophon(p: Profile) -> str:
         ("Roofs", escape(f"measured on this device; {roofs}")),
         (
             "Step",
-            f"{p.plain_s * 1e3:.3f} ms without instruments, {p.step_s * 1e3:.3f} ms with them{escape(work)}. An "
+            f"{p.plain_s * 1e3:.3f} ms without instruments, {p.timed_s * 1e3:.3f} ms with them{escape(work)}. An "
             "operation's time is its median over the timed steps.",
         ),
         (

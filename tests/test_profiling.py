@@ -128,7 +128,27 @@ def test_an_odd_step_does_not_move_the_medians(found: Profile):
     slow = made_up_profile(Timed(factor=lambda step: 10.0 if step % 6 == 5 else 1.0), steps=9)
     assert any(s.seconds > 5 * found.step_s for s in slow.steps)
     assert [r.seconds for r in slow.rows] == pytest.approx([r.seconds for r in found.rows])
-    assert slow.plain_s == pytest.approx(found.plain_s) and slow.gaps_s == pytest.approx(found.gaps_s)
+    assert slow.plain_s == pytest.approx(found.plain_s) and slow.instrumented_ratio == pytest.approx(1)
+    assert slow.gaps_s == pytest.approx(found.gaps_s)
+
+
+def test_work_beside_the_steps_is_noted(found: Profile):
+    """Another process takes 0.3 s of each step, at a call that is another one every time."""
+    slow, timed = [0], Timed()
+    original = timed.ops
+
+    def around(name: str, operation: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            slow[0] += 1
+            timed.clock.now += 0.3 if slow[0] % len(found.calls) == timed.step * 7 % len(found.calls) else 0
+            return operation(*args, **kwargs)
+
+        return call
+
+    noisy = replace(original, **{name: around(name, getattr(original, name)) for name in SECONDS})
+    p = made_up_profile(timed, steps=10, ops=noisy)
+    assert p.timed_s == pytest.approx(found.timed_s + 0.3) and p.step_s == pytest.approx(found.step_s)
+    assert f"sum to {p.step_s / p.timed_s:.0%} of the median step" in p.notes[1] and len(found.notes) == 1
 
 
 def test_what_limits_is_said_in_the_order_of_what_is_lost(found: Profile):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoint
-from .engine import StepProgram
-from .kernels.reference import INITIAL_STEP, philox_normal, sampler_step
+from .engine import CallableProgram, Program, StepProgram
+from .kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, sampler_step, threshold
 from .ops import Ops
 from .sampler import Sampler
 from .unet import UNet
@@ -191,30 +191,38 @@ class _Chains:
         self.plain = copy.deepcopy(model).to(self.device, sampler.dtype).eval()
         self.channels_last = copy.deepcopy(self.plain)
         torch.nn.Module.to(self.channels_last, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        assert isinstance(sampler.model, UNet)
-        self.program = StepProgram(sampler.model, sampler.table, n, sampler.image_shape)
+        self.program: Program
+        if isinstance(sampler.model, UNet):
+            self.program = StepProgram(sampler.model, sampler.table, n, sampler.image_shape)
+        else:
+            where = sampler.image_shape, self.device, sampler.ops
+            self.program = CallableProgram(sampler.model, sampler.table, n, *where)
+        self.self_condition = getattr(model, "self_condition", False)
         self.ids = torch.arange(n, device=self.device)
         self.times = self.table.times()
 
     @torch.inference_mode()
     def run(self, judged: list[int]) -> tuple[list[Probe], Pair]:
-        x = self.noise(INITIAL_STEP)
-        theirs, probes = x, []
+        x = theirs = self.noise(INITIAL_STEP)
+        third = their_third = torch.zeros_like(x) if self.self_condition else self.labels
+        probes = []
         for i in range(len(self.table)):
-            out = self.network(self.truth, i, x)
+            out = self.network(self.truth, i, x, third)
             after = self.step(i, x, out)
             if i in judged:
-                probes.append(self.probe(i, x, out, after))
+                probes.append(self.probe(i, x, third, out, after))
+            their_out = self.network(self.plain, i, theirs, their_third)
+            if self.self_condition:
+                third, their_third = self.x0(i, x, out), self.x0(i, theirs, their_out)
             # Kept in float32 between steps, as by every chain here.
-            x = after.float()
-            theirs = self.step(i, theirs, self.network(self.plain, i, theirs))
+            x, theirs = after.float(), self.step(i, theirs, their_out)
         self.ours = self.sampler.sample(self.n, self.seed, self.labels)
         return probes, Pair(error(self.ours, after, 2.0), error(theirs, after, 2.0))
 
-    def probe(self, i: int, x: Tensor, out: Tensor, after: Tensor) -> Probe:
+    def probe(self, i: int, x: Tensor, third: Tensor | None, out: Tensor, after: Tensor) -> Probe:
         # In both memory layouts, whose sums torch orders differently: the worse is what the dtype can do.
-        same = [self.network(m, i, x) for m in (self.plain, self.channels_last)]
-        mine, my_x = self.own_step(i, x)
+        same = [self.network(m, i, x, third) for m in (self.plain, self.channels_last)]
+        mine, my_x = self.own_step(i, x, third)
         return Probe(
             i,
             self.table.timesteps[i],
@@ -222,11 +230,18 @@ class _Chains:
             Pair(error(my_x, after), _worst(error(self.step(i, x, y), after) for y in same)),
         )
 
-    def own_step(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def own_step(self, i: int, x: Tensor, third: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and x_{t-1} of the program that `Sampler` runs."""
         program, ops = self.program, self.program.ops
         program.begin(self.seed, self.ids, self.labels, x)
         program.counter[0] = i
+        if isinstance(program, CallableProgram):
+            if program.x0 is not None and third is not None:
+                program.x0.copy_(third)
+            out = program.predict().clone()
+            program.advance(out)
+            return out, program.x.clone()
+        assert isinstance(program, StepProgram)
         low = program.x.to(self.sampler.dtype) if program.low is None else program.low
         out = program.prepared.run(low, program.time.now(ops), ops).clone()
         program.step()
@@ -240,11 +255,19 @@ class _Chains:
             self.sampler.image_shape,
         )
 
-    def network(self, model: UNet, i: int, x: Tensor) -> Tensor:
+    def network(self, model: UNet, i: int, x: Tensor, third: Tensor | None) -> Tensor:
+        """third: the labels, or x_0 as predicted at the step before for a model that conditions on itself."""
         wide = model.dtype == torch.float64
         t = self.times[i].double() if wide else self.times[i]
         layout = torch.channels_last if model is self.channels_last else torch.contiguous_format
-        return model(x.to(model.dtype, memory_format=layout), t, self.labels)
+        return model(x.to(model.dtype, memory_format=layout), t, third)
+
+    def x0(self, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """The clipped x_0 of step i, float32."""
+        row = self.table.rows[i].tolist()
+        x0 = row[KX] * x.to(out.dtype if out.dtype == torch.float64 else x.dtype) + row[KO] * out[:, : x.shape[1]]
+        limit = self.table.thresholding
+        return (x0.clamp(-row[CLIP], row[CLIP]) if limit is None else threshold(x0, *limit)).float()
 
     def step(self, i: int, x: Tensor, out: Tensor) -> Tensor:
         """x_{t-1}: in float64 of a float64 output, else in float32 as the samplers do."""

@@ -38,6 +38,11 @@ def write(
     """
     if to not in TARGETS:
         raise CheckpointError(f"convert writes {' or '.join(TARGETS)}; got to={to!r}")
+    if not isinstance(checkpoint.model, UNet):
+        raise CheckpointError(
+            f"{checkpoint.source} is a {checkpoint.family} network, which {to} has not: it cannot be converted; "
+            "it samples here as it is"
+        )
     if to == "openai":
         return write_openai(checkpoint.model, checkpoint.schedule, Path(out), dtype)
     model, schedule, notes = for_diffusers(checkpoint.model, checkpoint.schedule)

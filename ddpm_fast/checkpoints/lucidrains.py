@@ -108,9 +108,9 @@ class _Settings:
         chosen = version(text)
         how = f"preset {named!r}" if named is not None else f"the version {saved} that the file records"
         if not first <= chosen < end:
-            until = "later" if end == LAST else f"before {end}"
+            span = f"{first} or later" if end == LAST else f"{first} to before {end}"
             raise CheckpointError(
-                f"{how} does not fit {self.found.weights}, whose network is as in {first} to {until}"
+                f"{how} does not fit {self.found.weights}, whose network is as in {span}"
                 + ("" if named is not None else "; name the right one as a preset (--preset VERSION)")
             )
         if named is not None and saved is not None and version(saved) != chosen:

@@ -272,6 +272,10 @@ class LucidrainsUnet(nn.Module):
         return self.init_conv.weight.dtype
 
     @property
+    def time_dtype(self) -> torch.dtype:
+        return self.get_parameter("time_mlp.1.weight").dtype
+
+    @property
     def device(self) -> torch.device:
         return self.init_conv.weight.device
 
@@ -297,8 +301,8 @@ class LucidrainsUnet(nn.Module):
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
         first = x = self.init_conv(x.to(self.dtype))
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        times = torch.as_tensor(t, device=x.device).to(wide)
-        time = F.silu(self.time_mlp(times.expand(len(x))))  # each block's own SiLU, once
+        features = self.time_mlp[0](torch.as_tensor(t, device=x.device).to(wide).expand(len(x)))
+        time = F.silu(self.time_mlp[1:](features.to(self.time_dtype)))  # each block's own SiLU, once
         skips = []
         downs: Any = self.downs
         ups: Any = self.ups

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import Checkpoint
-from .unet import UNet
+from .ops import recording, reference
+from .ops_triton import falls_back
+from .step_table import StepTable, step_table
+from .unet import TimeRows, UNet
 
 
 class _PeakMemory(TorchDispatchMode):
@@ -71,10 +75,32 @@ def model_cost(model: UNet, height: int, width: int, batch_size: int = 1) -> dic
     }
 
 
+def fallbacks(model: UNet, chain: StepTable) -> dict[str, int]:
+    """Why calls of a step in bfloat16 have no fused kernel and run on torch's operations, and how many do."""
+    reasons: dict[str, int] = {}
+
+    def noting(operation: str, arguments: Any) -> str | None:
+        why = falls_back(operation, arguments)
+        if why:
+            reasons[why] = reasons.get(why, 0) + 1
+        return why
+
+    with torch.device("meta"), torch.no_grad():
+        ghost = UNet(model.config).eval().to(torch.bfloat16)
+        side = 2 ** (model.config.levels - 1)
+        x = torch.empty(1, model.config.in_channels, side, side, dtype=torch.bfloat16)
+        width = sum(block.time_emb_proj.out_features for block in ghost.residual_blocks())
+        ops, _ = recording(replace(reference(), falls_back=noting))
+        out = ghost.run(x, TimeRows(table=torch.empty(1, width), t=torch.empty(1)), ops)
+    why = falls_back("sampler_step", {"out": out, "thresholding": chain.thresholding})
+    return {**reasons, **({why: 1} if why else {})}
+
+
 def describe(checkpoint: Checkpoint, batch_size: int = 1) -> dict[str, Any]:
     """Architecture, schedule, cost and the loader's notes of a checkpoint, JSON-ready."""
     model = checkpoint.model
     size = model.config.image_size
+    chain = step_table(checkpoint.schedule)
     facts: dict[str, Any] = {
         "source": checkpoint.source,
         "family": checkpoint.family,
@@ -83,15 +109,18 @@ def describe(checkpoint: Checkpoint, batch_size: int = 1) -> dict[str, Any]:
         "schedule": checkpoint.schedule.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "labels": checkpoint.labels,
+        "steps": len(chain),
+        "on_torch_operations": fallbacks(model, chain) if isinstance(model, UNet) else {},
     }
     if size is None:
         facts["notes"].append("sample_size is not stated, so the cost of an image is not known")
         return facts
-    cost = model_cost(model, *size, batch_size=batch_size)
+    height, width = size
+    cost = model_cost(model, height, width, batch_size)
     facts |= {
         "batch_size": batch_size,
         "gflop_per_image_and_step": cost["flops"] / 1e9,
-        "gflop_per_image": cost["flops"] / 1e9 * checkpoint.schedule.num_train_timesteps,
+        "gflop_per_image": cost["flops"] / 1e9 * len(chain),
         "weights_mib": {"float32": cost["parameters"] * 4 / 2**20, "bfloat16": cost["parameters"] * 2 / 2**20},
         "peak_activations_mib": cost["activation_bytes"] / 2**20,
     }
@@ -101,33 +130,75 @@ def describe(checkpoint: Checkpoint, batch_size: int = 1) -> dict[str, Any]:
 def describe_text(facts: dict[str, Any]) -> str:
     """`describe`'s facts for a person."""
     m, s = facts["model"], facts["schedule"]
-    size = m["sample_size"] if isinstance(m["sample_size"], (list, tuple)) else [m["sample_size"]] * 2
+    size, channels = m.get("sample_size", m.get("image_size")), m.get("in_channels", m.get("channels"))
+    size = size if isinstance(size, (list, tuple)) else [size] * 2
+    sides = "size not stated" if size[0] is None else f"{size[0]} x {size[1]}"
     lines = [
         f"{facts['source']}  ({facts['family']})",
-        f"  images      {size[0]} x {size[1]}, {m['in_channels']} channel{'s' * (m['in_channels'] != 1)}",
+        f"  images      {sides}, {channels} channel{'s' * (channels != 1)}",
         f"  parameters  {facts['parameters']:,}",
     ]
     if facts.get("labels"):
         lines.append(f"  labels      {', '.join(facts['labels'])}")
-    elif m["num_class_embeds"]:
+    elif m.get("num_class_embeds"):
         lines.append(f"  classes     {m['num_class_embeds']}")
-    for i, (channels, down) in enumerate(zip(m["block_out_channels"], m["down_block_types"])):
-        up = m["up_block_types"][-1 - i]
-        lines.append(f"  level {i}     {channels:>4} channels  {m['layers_per_block']} blocks  {down} / {up}")
-    odd = {k: m[k] for k in ("norm_eps", "norm_num_groups", "attention_head_dim", "downsample_padding")}
-    odd |= {k: m[k] for k in ("freq_shift", "flip_sin_to_cos", "resnet_time_scale_shift", "time_embedding_type")}
-    lines.append("  settings    " + ", ".join(f"{k}={v}" for k, v in odd.items()))
+    lines += _lucidrains_lines(m) if "dim_mults" in m else _unet_lines(m)
     betas = "trained betas" if s["trained_betas"] else f"{s['beta_schedule']} {s['beta_start']}..{s['beta_end']}"
     lines.append(f"  schedule    T={s['num_train_timesteps']}, {betas}, {s['prediction_type']}, {s['variance_type']}")
+    lines += _drawing_lines(s, facts["steps"])
+    lines += [
+        f"  operations  {count} x {why}, so on torch's operations"
+        for why, count in facts["on_torch_operations"].items()
+    ]
     if "gflop_per_image_and_step" in facts:
         lines += [
             f"  cost        {facts['gflop_per_image_and_step']:.3f} GFLOP an image and step, "
-            f"{facts['gflop_per_image'] / 1e3:,.3f} TFLOP an image of {s['num_train_timesteps']} steps (2 x MAC)",
+            f"{facts['gflop_per_image'] / 1e3:,.3f} TFLOP an image of {facts['steps']} steps (2 x MAC)",
             f"  memory      weights {facts['weights_mib']['float32']:.1f} MiB in float32; activations at their peak "
             f"{facts['peak_activations_mib']:.1f} MiB at batch {facts['batch_size']}",
         ]
     lines += [f"  note        {note}" for note in facts["notes"]]
     return "\n".join(lines)
+
+
+def _unet_lines(m: dict[str, Any]) -> list[str]:
+    lines = []
+    for i, (channels, down) in enumerate(zip(m["block_out_channels"], m["down_block_types"])):
+        up = m["up_block_types"][-1 - i]
+        lines.append(f"  level {i}     {channels:>4} channels  {m['layers_per_block']} blocks  {down} / {up}")
+    heads = "attention_head_dim" if m.get("num_attention_heads") is None else "num_attention_heads"
+    odd = {k: m[k] for k in ("norm_eps", "norm_num_groups", heads, "downsample_padding")}
+    odd |= {k: m[k] for k in ("freq_shift", "flip_sin_to_cos", "resnet_time_scale_shift", "time_embedding_type")}
+    if m.get("time_proj_channels") is not None:
+        odd["time_proj_channels"] = m["time_proj_channels"]
+    if odd.get("attention_head_dim", 1) is None:
+        odd["attention_head_dim"] = "None (one head)"
+    return [*lines, "  settings    " + ", ".join(f"{k}={v}" for k, v in odd.items())]
+
+
+def _drawing_lines(s: dict[str, Any], steps: int) -> list[str]:
+    """What of the drawing is not DDPM's over all timesteps, given as they are."""
+    lines = []
+    if s.get("method", "ddpm") != "ddpm" or steps != s["num_train_timesteps"]:
+        eta = f", eta {s.get('eta', 0):g}" if s.get("method") == "ddim" else ""
+        lines.append(f"  draws       {s.get('method', 'ddpm').upper()} of {steps} steps{eta}, unless asked otherwise")
+    if s.get("time_scale", 1) != 1:
+        lines.append(f"  times       the network is given time_scale={s['time_scale']:g} times the timestep")
+    return lines
+
+
+def _lucidrains_lines(m: dict[str, Any]) -> list[str]:
+    widths = [m["init_dim"], *(round(mult * m["dim"]) for mult in m["dim_mults"])]
+    lines = [
+        f"  level {i}     {inner:>4} to {outer} channels  2 blocks  {'full' if full else 'linear'} attention, "
+        f"{heads} heads of {dim_head}"
+        for i, (inner, outer, full, heads, dim_head) in enumerate(
+            zip(widths, widths[1:], m["full_attn"], m["attn_heads"], m["attn_dim_head"])
+        )
+    ]
+    names = ("self_condition", "num_mem_kv", "block_norm", "channel_norm", "standardised", "values_over_pixels")
+    lines.append("  settings    " + ", ".join(f"{k}={m[k]}" for k in (*names, "cosine_scale", "downsample")))
+    return [*lines, "  operations  torch's, not the fused kernels; the step, its noise and the graph are ours"]
 
 
 def diagnose() -> dict[str, Any]:

@@ -172,12 +172,10 @@ def _fill(drawing: Drawing, out: Path, shard_size: int | None, verify: bool, dev
     whole = False
     try:
         with join(device) as world:
-            checkpoint, sampler = world.together(lambda: drawing.sampler(device))
-            store = world.on_first(lambda: _begin(drawing, out, shard_size, verify, checkpoint, sampler))
-            world.together(lambda: _shared(out))
-            chosen = store.manifest["sampler"]["batch_size"]
-            if chosen is not None:
-                sampler.batch_size = chosen
+            # The first one begins the set, and says what is wrong with it; the others find it, and say nothing.
+            own = world.together(lambda: _begin(drawing, out, shard_size, device) if world.first else None)
+            world.together(lambda: None if own is None else _report(*own, verify))
+            sampler, store, _ = world.together(lambda: own or _join(drawing, out, shard_size, device))
             fill(store, sampler, world, progress=world.first)
             whole = True
             if world.first:
@@ -190,12 +188,15 @@ def _fill(drawing: Drawing, out: Path, shard_size: int | None, verify: bool, dev
 
 
 def _begin(
-    drawing: Drawing, out: Path, shard_size: int | None, verify: bool, checkpoint: Checkpoint, sampler: Sampler
-) -> SampleStore:
-    """The store begun or continued, what is wrong with it said, and damaged shards put back to be drawn."""
+    drawing: Drawing, out: Path, shard_size: int | None, device: torch.device
+) -> tuple[Sampler, SampleStore, list[str]]:
+    """The sampler and the set, begun or continued; and what about the machine has changed since it was begun."""
     from . import store_manifest
-    from .store import SampleStore
+    from .store import MANIFEST, SampleStore
 
+    if (out / MANIFEST).exists():
+        _use_threads(SampleStore.open(out))
+    checkpoint, sampler = drawing.sampler(device)
     _check_labels(drawing.label, sampler)
     options = drawing.options
     manifest = store_manifest.describe(
@@ -209,30 +210,50 @@ def _begin(
         truncate=drawing.truncate,
         chain={"method": options.get("method"), "steps": options.get("steps"), "eta": options["eta"]},
     )
-    left_open = [] if shard_size else ["shard_size"]
-    left_open += ["sampler.batch_size"] if drawing.batch_size == "auto" else []
+    left_open = (
+        ["threads"] + ["shard_size"] * (not shard_size) + ["sampler.batch_size"] * (drawing.batch_size == "auto")
+    )
     store, changed = SampleStore.begin(out, manifest, left_open)
-    if changed:
-        warnings.warn(
-            f"since {out} was begun this changed: {'; '.join(changed)}; images of before and after may differ in "
-            "their last bit",
-            stacklevel=2,
-        )
-    damaged = store.check(every=verify)
-    if damaged:
-        text = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
-        print(f"ddpm-fast: damaged shards of {out} are drawn again: {text}", file=sys.stderr)
-    return store
+    if _use_threads(store):  # another worker began it, just now
+        sampler = drawing.sampler(device)[1]
+    sampler.batch_size = store.manifest["sampler"]["batch_size"]  # where it was auto, the set's own
+    return sampler, store, changed
 
 
-def _shared(out: Path) -> None:
-    """Raises StoreError unless this process sees the folder that the first one has begun."""
+def _join(
+    drawing: Drawing, out: Path, shard_size: int | None, device: torch.device
+) -> tuple[Sampler, SampleStore, list[str]]:
+    """As `_begin`, of a set that the first worker has begun. StoreError where this machine does not see it."""
     from .store import SampleStore, StoreError
 
     try:
         SampleStore.open(out)
     except StoreError as error:
         raise StoreError(f"{out} must be one folder that all machines share; {error}") from None
+    return _begin(drawing, out, shard_size, device)
+
+
+def _use_threads(store: SampleStore) -> bool:
+    """Compute with as many threads as the set was begun with; whether that is another number."""
+    threads = store.manifest.get("threads")
+    if threads is None or threads == torch.get_num_threads():
+        return False
+    torch.set_num_threads(threads)
+    return True
+
+
+def _report(sampler: Sampler, store: SampleStore, changed: list[str], verify: bool) -> None:
+    """Say what is not as it was when the set was begun, and put damaged shards back to be drawn."""
+    if changed:
+        warnings.warn(
+            f"since {store.folder} was begun this changed: {'; '.join(changed)}; images of before and after may "
+            "differ in their last bit",
+            stacklevel=2,
+        )
+    damaged = store.check(every=verify)
+    if damaged:
+        text = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
+        print(f"ddpm-fast: damaged shards of {store.folder} are drawn again: {text}", file=sys.stderr)
 
 
 def _check_labels(label: int | str | None, sampler: Sampler) -> None:

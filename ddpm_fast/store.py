@@ -205,12 +205,14 @@ class SampleStore:
             yield
         except OSError as error:
             place = self.folder
+            if error.errno is None:  # one of ours, which says what to do
+                raise
             if error.errno in _FULL:
                 what = f"no space is left for {place}; make room"
-            elif error.errno in _FORBIDDEN or isinstance(error, PermissionError):
-                what = f"{place} cannot be written to ({error.strerror or error})"
-            elif not (place / MANIFEST).exists() and isinstance(error, FileNotFoundError):
-                what = f"{place} is gone: was its disk unmounted?"
+            elif error.errno in _FORBIDDEN:
+                what = f"{place} cannot be written to ({error.strerror})"
+            elif not os.path.exists(place / MANIFEST):
+                what = f"{place} is gone or does not answer ({error.strerror}); is its disk mounted?"
             else:
                 what = f"{place} cannot be used: {error}"
             kept = (
@@ -275,14 +277,15 @@ class SampleStore:
             LABELS: ((count,), np.int64),
         }
         try:
-            finished_ns = self._path(CHECKSUMS, shard).stat().st_mtime_ns
-            changed = False
+            record, changed = self._path(CHECKSUMS, shard).stat(), False
+            if not record.st_size:  # after a power failure a name may be there without its content
+                return False
             for kind in self._kinds():
                 status, (shape, dtype) = self._path(kind, shard).stat(), shapes[kind]
                 size = len(npy_header(shape, np.dtype(dtype))) + int(np.prod(shape)) * np.dtype(dtype).itemsize
                 if status.st_size != size:
                     return False
-                changed |= status.st_mtime_ns > finished_ns
+                changed |= status.st_mtime_ns > record.st_mtime_ns
             if every or changed:
                 known = self._recorded(shard)
                 for kind in self._kinds():

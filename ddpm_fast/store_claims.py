@@ -21,6 +21,7 @@ HEARTBEAT_S = 15.0
 # Of another machine's claim that does not move. Clients of a network file system see times up to a minute late.
 STALE_S = 120.0
 EMPTY_S = 5.0  # of a claim whose owner died before it wrote its name
+_at_work: set[str] = set()  # tokens of this process
 
 
 class Claims:
@@ -40,6 +41,7 @@ class Claims:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Claims:
+        _at_work.add(self.token)
         self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._thread.start()
         return self
@@ -51,6 +53,7 @@ class Claims:
             self._thread.join()
         for name in tuple(self._held):
             self.release(name)
+        _at_work.discard(self.token)
 
     def take(self, name: str) -> bool:
         """Whether ``name`` is this process's now. OSError where the folder is gone or full."""
@@ -84,7 +87,7 @@ class Claims:
             owner, moved = self._owner(name), self._path(name).stat().st_mtime_ns
         except FileNotFoundError:
             return True
-        if owner.get("host") == self._me["host"] and not _alive(owner.get("pid", 0), owner.get("started")):
+        if owner.get("host") == self._me["host"] and not _at_work_here(owner):
             return True
         look, now = (owner.get("token"), moved), time.monotonic()
         before, since = self._seen.setdefault(name, (look, now))
@@ -149,6 +152,13 @@ def _started(pid: int) -> str | None:
     """When a process began, in clock ticks since boot: with its id, the process itself. None where unknown."""
     fields = _stat(pid)
     return None if fields is None else fields[19]
+
+
+def _at_work_here(owner: dict[str, Any]) -> bool:
+    """Whether an owner on this machine may still be at work."""
+    if owner.get("pid") == os.getpid():
+        return owner.get("token") in _at_work
+    return _alive(owner.get("pid", 0), owner.get("started"))
 
 
 def _alive(pid: int, started: str | None) -> bool:

@@ -75,8 +75,7 @@ def describe(
         "guidance_scale": sampler.guidance_scale,
         "dtype": str(sampler.dtype).removeprefix("torch."),
         "ops": sampler.ops.name,
-        # The fused kernels give the same bits in any batch; a library's may round another way in another one.
-        "batch_size": sampler.batch_size if sampler.ops.name != "triton" else None,
+        "batch_size": sampler.batch_size,  # a library may round another way in another batch
         "to_uint8": "truncate" if truncate else "round",
     }
     return {
@@ -91,6 +90,8 @@ def describe(
         "schedule": checkpoint.schedule.to_dict(),
         "sampler": options,
         "device": sampler.device.type,
+        # A CPU's libraries cut sums by the number of threads, and so round by it.
+        "threads": torch.get_num_threads() if sampler.device.type == "cpu" else None,
         "source": checkpoint.source,
         "environment": environment(sampler.device),
     }
@@ -109,8 +110,12 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "ddpm_fast": __version__,
         "torch": torch.__version__,
         "triton": _version("triton") if gpu else None,
-        "device_name": torch.cuda.get_device_name(device) if gpu else platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if gpu else _processor(),
     }
+
+
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str | None:

@@ -43,6 +43,9 @@ def fill(
     Raises StoreError where the folder cannot be used.
     """
     drawn = 0
+    if store.whole():
+        store.finish()
+        return drawn
     with Claims(store.folder / UNFINISHED, heartbeat_s, stale_s) as claims, Bar(store, progress) as bar:
         start = _start(store, claims, world or World())
         while (shard := _next(store, claims, start, bar)) is not None:

@@ -19,7 +19,7 @@ from . import compiled, ops_cpu
 from .kernels import onednn, winograd
 from .kernels.onednn import PackedConv
 from .kernels.reference import Shortcut
-from .kernels.winograd import F2, F4, UP, Kernels, PartStats, Products, Scheme, Source
+from .kernels.winograd import UP, Kernels, PartStats, Products, Scheme, Source, scheme_for
 from .kernels.winograd_source import SOURCE
 from .ops import Ops
 
@@ -93,14 +93,6 @@ class PackedWinograd:
         return [self._exact, *direct, *(t for p in self._products.values() for t in p.tensors())]
 
 
-def scheme_for(dtype: torch.dtype, h: int, w: int) -> Scheme | None:
-    if min(h, w) <= 4:
-        return None
-    if dtype == torch.bfloat16:
-        return F2
-    return F4
-
-
 def kernels(dtype: torch.dtype) -> Kernels:
     """The compiled functions for a dtype; RuntimeError where they cannot be compiled."""
     if dtype not in _KERNELS:
@@ -110,6 +102,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
 
 _KERNELS: dict[torch.dtype, Kernels] = {}
+SMALL_ATTENTION = 400  # pixels
 _SCRATCH = threading.local()  # transformed patches, from one convolution to the next of a thread
 
 
@@ -124,7 +117,7 @@ def build() -> Ops:
         upsample_conv=upsample_conv,
         upsample=lambda x: FeatureMap(cpu.upsample(x.data)),
         downsample=lambda x: FeatureMap(cpu.downsample(x.data)),
-        attention=lambda qkv, heads: FeatureMap(cpu.attention(qkv.data, heads)),
+        attention=attention,
         sampler_step=cpu.sampler_step,
         enter=lambda x: FeatureMap(cpu.enter(x)),
         leave=lambda x: x.data,
@@ -222,7 +215,8 @@ def conv(
     """`reference.conv`."""
     scheme = None
     if isinstance(weight, PackedWinograd) and stride == 1 and padding in (None, (1, 1)) and skip is None:
-        scheme = scheme_for(weight.dtype, *x.shape[2:])
+        n, c, h, w = x.shape
+        scheme = scheme_for(weight.dtype, n, c, h, w, weight.out_channels)
     if scheme is None:
         weight = weight.direct() if isinstance(weight, PackedWinograd) else weight
         y = _CPU.conv(
@@ -231,6 +225,21 @@ def conv(
         )  # fmt: skip
         return FeatureMap(y)
     return _transformed(x, weight, scheme, bias, time, row, residual, shortcut, scale, with_stats, out)
+
+
+def attention(qkv: FeatureMap, heads: int) -> FeatureMap:
+    """`reference.attention`. In bfloat16 torch's fused one multiplies in float32: of small images two products and
+    a softmax take half its time."""
+    n, width, h, w = qkv.shape
+    if qkv.dtype != torch.bfloat16 or h * w > SMALL_ATTENTION or not onednn.computes(qkv.dtype):
+        return FeatureMap(_CPU.attention(qkv.data, heads))
+    head = width // 3 // heads
+    parts = qkv.data.permute(0, 2, 3, 1).reshape(n, h * w, 3, heads, head).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = (part.reshape(n * heads, h * w, head) for part in parts)
+    # With beta = 0 its first argument is not read.
+    weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=head**-0.5).softmax(-1)
+    y = torch.bmm(weights, v).view(n, heads, h * w, head).transpose(1, 2).reshape(n, h, w, width // 3)
+    return FeatureMap(y.permute(0, 3, 1, 2))
 
 
 def upsample_conv(

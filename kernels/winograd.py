@@ -91,6 +91,31 @@ UP = Scheme(
 )
 
 
+# Fitted on one core with AVX-512, in multiplications of a long product: only ratios are used.
+FEW_PATCHES = 9  # a product over T patches takes the time of T + 9: weights are read, blocks not filled
+DIRECT_GAIN = 1.17  # how much faster than a long product the direct convolution multiplies
+MOVING = {torch.float32: 20, torch.bfloat16: 29}  # the transforms, for each element they write or read
+SCHEMES = {torch.float32: (F2, F4), torch.bfloat16: (F2,)}  # F4 would cost bfloat16 ten times its rounding error
+
+
+@cache
+def scheme_for(dtype: torch.dtype, n: int, c: int, h: int, w: int, k: int) -> Scheme | None:
+    """What a 3x3 convolution [n, c, h, w] -> k channels takes; None: the direct one.
+
+    Of the least modelled time: F(4x4) has the fewest multiplications, but also the most positions, and with few
+    patches (small images, small batches) reading its weights outweighs them.
+    """
+    best, least = None, 9 * n * h * w * c * k / DIRECT_GAIN
+    cp, kp = _filled_up(c), _filled_up(k)
+    for scheme in SCHEMES[dtype]:
+        a, b, d = scheme.tiles(n, h, w)
+        t = a * b * d
+        time = scheme.positions * (cp * kp * (t + FEW_PATCHES) + MOVING[dtype] * t * (cp + kp))
+        if time < least:
+            best, least = scheme, time
+    return best
+
+
 def transformed_filter(weight: Tensor, scheme: Scheme) -> Tensor:
     """[K, C, 3, 3] -> float64 [P, K, C]."""
     g = torch.tensor(scheme.filter, dtype=torch.float64)
@@ -240,7 +265,7 @@ class Kernels:
         self._functions["norm_affine"](
             _at(scale), _at(shift), _at(stats.values), c1, stats.rows, _at(skip and skip.values), c2,
             1 if skip is None else skip.rows, n, h, w, groups, eps, _at(weight), _at(bias), _at(bias_row), strides[0],
-            _at(scale_shift), strides[1],
+            _at(scale_shift), strides[1], torch.get_num_threads(),
         )  # fmt: skip
         return scale, shift
 
@@ -259,7 +284,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "input_transform": [_I, *[_P] * 5, _I, *[_J] * 6, _I],
     "output_transform": [_I, *[_P] * 4, _J, _P, c_float, _P, *[_J] * 5, _I],
     "channel_statistics": [_P, _P, *[_J] * 5, _I],
-    "norm_affine": [_P, _P, _P, _J, _J, _P, _J, _J, *[_J] * 4, c_double, _P, _P, _P, _J, _P, _J],
+    "norm_affine": [_P, _P, _P, _J, _J, _P, _J, _J, *[_J] * 4, c_double, _P, _P, _P, _J, _P, _J, _I],
     "norm_apply": [*[_P] * 5, _I, _P, *[_J] * 5, _I],
 }
 

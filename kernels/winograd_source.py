@@ -131,8 +131,7 @@ static void output(T* y, const T* m, const Epilogue& e, int64_t n, int64_t h, in
                 const int wide = (int)std::min<int64_t>(O, ow - tx * O);
                 const T* tile = m + (item * tw + tx) * P * P * kp;
                 const int64_t corner = ((image * oh + ty * O) * ow + tx * O) * k;
-                for (int64_t c = 0; c < k; c += L) {
-                    const int lanes = (int)std::min<int64_t>(L, k - c);
+                auto channels = [&](int64_t c, int lanes, int high, int wide) {
                     vec t[O][P], column[P], result[O];
                     for (int j = 0; j < P; j++) {
                         for (int i = 0; i < P; i++) column[i] = load(tile + (i * P + j) * kp + c);
@@ -141,10 +140,6 @@ static void output(T* y, const T* m, const Epilogue& e, int64_t n, int64_t h, in
                     }
                     const vec add = load(added.data() + c);
                     vec pivot = {}, sum = {}, squares = {};
-                    if (e.stats) {
-                        pivot = load(&moments.pivot[c]);
-                        sum = load(&moments.sum[c]), squares = load(&moments.squares[c]);
-                    }
                     for (int i = 0; i < high; i++) {
                         S::out(t[i], result);
                         for (int j = 0; j < wide; j++) {
@@ -154,14 +149,18 @@ static void output(T* y, const T* m, const Epilogue& e, int64_t n, int64_t h, in
                             r *= e.scale;
                             store(y + at, r, lanes);
                             if (!e.stats) continue;
-                            if (tx == 0 && i == 0 && j == 0) store(&moments.pivot[c], pivot = r);
+                            if (i == 0 && j == 0) pivot = tx == 0 ? r : load(&moments.pivot[c]);
                             const vec d = r - pivot;
                             sum += d;
                             squares += d * d;
                         }
                     }
-                    if (e.stats) store(&moments.sum[c], sum), store(&moments.squares[c], squares);
-                }
+                    if (e.stats) moments.add(c, pivot, sum, squares);
+                };
+                int64_t c = 0;
+                if (high == O && wide == O)
+                    for (; c + L <= k; c += L) channels(c, L, O, O);  // what nearly all are: all loops unrolled
+                for (; c < k; c += L) channels(c, (int)std::min<int64_t>(L, k - c), high, wide);
             }
             if (e.stats) moments.finish(e.stats + item * 2 * k, k, (double)high * ow);
         }
@@ -206,9 +205,9 @@ void channel_statistics(float* stats, const T* x, int64_t n, int64_t h, int64_t 
 void norm_affine(float* scale, float* shift, const float* x, int64_t c1, int64_t rows1, const float* skip, int64_t c2,
                  int64_t rows2, int64_t n, int64_t h, int64_t w, int64_t groups, double eps, const float* weight,
                  const float* bias, const float* bias_row, int64_t bias_stride, const float* scale_shift,
-                 int64_t shift_stride) {
+                 int64_t shift_stride, int threads) {
     affine(scale, shift, {x, c1, rows1}, {skip, c2, rows2}, n, h, w, groups, eps, weight, bias, bias_row, bias_stride,
-           scale_shift, shift_stride);
+           scale_shift, shift_stride, threads);
 }
 
 void norm_apply(T* y, const T* x, const T* skip, const float* scale, const float* shift, int act, const T* residual,

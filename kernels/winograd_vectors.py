@@ -136,6 +136,11 @@ struct Moments {
         std::fill(sum.begin(), sum.end(), 0.f);
         std::fill(squares.begin(), squares.end(), 0.f);
     }
+    void add(int64_t c, vec p, vec s, vec q) {
+        store(&pivot[c], p);
+        store(&sum[c], load(&sum[c]) + s);
+        store(&squares[c], load(&squares[c]) + q);
+    }
     void finish(float* out, int64_t c, double count) const {  // [2, C]: mean, centred sum of squares
         for (int64_t i = 0; i < c; i++) {
             out[i] = (float)(pivot[i] + sum[i] / count);
@@ -175,47 +180,53 @@ struct Stats {
     int64_t c, rows;
 };
 
+// mean and variance of each channel of an image, from its parts (Chan et al. 1979).
+static void merge(double* mean, double* variance, const Stats& s, int64_t image, int64_t h, int64_t w) {
+    const int64_t parts = (h + s.rows - 1) / s.rows;
+    const float* values = s.values + image * parts * 2 * s.c;
+    auto share = [&](int64_t p) { return (double)std::min(s.rows, h - p * s.rows) / h; };
+    std::fill(mean, mean + s.c, 0.0);
+    std::fill(variance, variance + s.c, 0.0);
+    for (int64_t p = 0; p < parts; p++)
+        for (int64_t i = 0; i < s.c; i++) mean[i] += share(p) * values[p * 2 * s.c + i];
+    for (int64_t p = 0; p < parts; p++)
+        for (int64_t i = 0; i < s.c; i++) {
+            const double d = values[p * 2 * s.c + i] - mean[i];
+            variance[i] += values[(p * 2 + 1) * s.c + i] / (double)(h * w) + share(p) * d * d;
+        }
+}
+
 // scale, shift [N, C]: group normalisation of [x, skip] + bias_row, then (1 + s) and + t of scale_shift [2 C], as one
-// multiply-add a channel. Groups may straddle x and skip; Chan's rule over channels and parts, in double.
+// multiply-add a channel. Groups may straddle x and skip.
 static void affine(float* scale, float* shift, Stats x, Stats skip, int64_t n, int64_t h, int64_t w, int64_t groups,
                    double eps, const float* weight, const float* bias, const float* bias_row, int64_t bias_stride,
-                   const float* scale_shift, int64_t shift_stride) {
+                   const float* scale_shift, int64_t shift_stride, int threads) {
     const int64_t c = x.c + skip.c, size = c / groups;
-    std::vector<double> mean(c), m2(c);
-    for (int64_t image = 0; image < n; image++) {
-        for (int64_t i = 0; i < c; i++) {
-            const Stats& s = i < x.c ? x : skip;
-            const int64_t j = i < x.c ? i : i - x.c, parts = (h + s.rows - 1) / s.rows;
-            double count = 0, mu = 0, sum = 0;
-            for (int64_t p = 0; p < parts; p++) {
-                const float* v = s.values + (image * parts + p) * 2 * s.c + j;
-                const double more = (double)(std::min(s.rows, h - p * s.rows) * w), d = v[0] - mu;
-                sum += v[s.c] + d * d * count * more / (count + more);
-                mu += d * more / (count + more);
-                count += more;
-            }
-            mean[i] = mu + (bias_row ? bias_row[image * bias_stride + i] : 0.f);
-            m2[i] = sum;
-        }
-        for (int64_t g = 0; g < groups; g++) {
-            double mu = 0, sum = 0;
-            for (int64_t i = g * size; i < (g + 1) * size; i++) mu += mean[i] / size;
-            for (int64_t i = g * size; i < (g + 1) * size; i++)
-                sum += m2[i] / (h * w) + (mean[i] - mu) * (mean[i] - mu);
-            const double deviation = 1 / std::sqrt(sum / size + eps);
-            for (int64_t i = g * size; i < (g + 1) * size; i++) {
-                double a = deviation * (weight ? weight[i] : 1.f), b = (bias ? bias[i] : 0.f) - mu * a;
-                if (bias_row) b += a * bias_row[image * bias_stride + i];
-                if (scale_shift) {
-                    const float* s = scale_shift + image * shift_stride;
-                    a *= 1.0 + s[i];
-                    b = b * (1.0 + s[i]) + s[c + i];
+    shared(n, threads, [&](int64_t first, int64_t last) {
+        std::vector<double> moments(2 * c);
+        double *mean = moments.data(), *m2 = mean + c;
+        for (int64_t image = first; image < last; image++) {
+            merge(mean, m2, x, image, h, w);
+            if (skip.c) merge(mean + x.c, m2 + x.c, skip, image, h, w);
+            const float* row = bias_row ? bias_row + image * bias_stride : nullptr;
+            const float* film = scale_shift ? scale_shift + image * shift_stride : nullptr;
+            for (int64_t i = 0; row && i < c; i++) mean[i] += row[i];
+            for (int64_t start = 0; start < c; start += size) {
+                double mu = 0, sum = 0;
+                for (int64_t i = start; i < start + size; i++) mu += mean[i];
+                mu /= size;
+                for (int64_t i = start; i < start + size; i++) sum += m2[i] + (mean[i] - mu) * (mean[i] - mu);
+                const double deviation = 1 / std::sqrt(sum / size + eps);
+                for (int64_t i = start; i < start + size; i++) {
+                    double a = deviation * (weight ? weight[i] : 1.f);
+                    double b = (bias ? bias[i] : 0.f) - mu * a + (row ? a * row[i] : 0.0);
+                    if (film) a *= 1.0 + film[i], b = b * (1.0 + film[i]) + film[c + i];
+                    scale[image * c + i] = (float)a;
+                    shift[image * c + i] = (float)b;
                 }
-                scale[image * c + i] = (float)a;
-                shift[image * c + i] = (float)b;
             }
         }
-    }
+    });
 }
 
 // y [N, H, W, C] = act(map) + residual.

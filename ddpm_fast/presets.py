@@ -35,6 +35,8 @@ class TrainConfig:
     sample_every: int = 1000  # 0: no sample grids
     sample_count: int = 16
     sample_steps: int = 100  # of the sampler, for the grids only
+    evaluate_every: int = 0  # steps between Frechet distances to the data, by a process beside training; 0: none
+    evaluate_images: int = 1000  # drawn for each
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -60,14 +62,25 @@ class TrainConfig:
 
 _WHOLE_NUMBERS = {
     **dict.fromkeys(("batch_size", "steps", "checkpoint_every", "sample_count", "sample_steps", "log_every"), 1),
-    **dict.fromkeys(("warmup_steps", "sample_every", "seed"), 0),
+    **dict.fromkeys(("warmup_steps", "sample_every", "evaluate_every", "seed"), 0),
+    "evaluate_images": 2,
 }
 CHOICES = {
     "optimizer": ("adam", "adamw"),
     "lr_schedule": ("constant", "cosine"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
-ADJUSTABLE = frozenset({"checkpoint_every", "sample_every", "sample_count", "sample_steps", "log_every"})
+ADJUSTABLE = frozenset(
+    {
+        "checkpoint_every",
+        "sample_every",
+        "sample_count",
+        "sample_steps",
+        "evaluate_every",
+        "evaluate_images",
+        "log_every",
+    }
+)
 
 
 def _require(holds: bool, name: str, wanted: str, got: object) -> None:

@@ -1,8 +1,8 @@
 """Training of a DDPM: ``train`` runs Algorithm 1, records it, and goes on after a kill.
 
 The run's folder holds the model in the diffusers layout (EMA weights), and beside it ``state/`` (the last two
-training states), ``log.jsonl``, ``samples/`` and ``train_config.json``. Under torchrun every process computes its
-part of each batch, and rank 0 alone reads and writes the folder.
+training states), ``log.jsonl``, ``samples/``, ``evaluations.jsonl`` and ``train_config.json``. Under torchrun every
+process computes its part of each batch, and rank 0 alone reads and writes the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tqdm import tqdm
 from . import distributed, train_state
 from .checkpoints import diffusers
 from .config import UNetConfig
-from .data import ImageData
+from .data import DataError, ImageData
+from .evaluation_in_training import BackgroundEvaluation
 from .images import grid, save_picture
 from .presets import ADJUSTABLE, TrainConfig, learning_rate
 from .sampler import Sampler, to_uint8
@@ -96,6 +97,9 @@ class _Run:
         self._loss_sum: Tensor | float = 0.0
         self._interval_steps = 0
         self._interval_began_s = 0.0
+        self.evaluation: BackgroundEvaluation | None = None
+        if self.config.evaluate_every:
+            self.evaluation = _evaluation(trainer, out)
 
     def open(self, resume: bool) -> None:
         """Loads the newest state, if there is one, and cuts the log back to it."""
@@ -146,8 +150,12 @@ class _Run:
                     self._on_first(self._save, done)
                 if self.config.sample_every and (last or done % self.config.sample_every == 0):
                     self._on_first(self._preview, done)
+                if self.evaluation is not None and (last or done % self.config.evaluate_every == 0):
+                    self._on_first(self._evaluate, done)
                 if stopping:
                     break
+        if self.evaluation is not None:
+            self.evaluation.finish(None if done >= self.config.steps else 0)
         return TrainResult(self.out, done, done >= self.config.steps, self.loss)
 
     def _open_log(self) -> AbstractContextManager[Any]:
@@ -239,6 +247,23 @@ class _Run:
         pixels = to_uint8(sampler.sample(count, seed=0, labels=labels)).cpu().numpy()
         save_picture(self.out / "samples" / f"step_{done:09d}.png", grid(pixels))
         self._interval_began_s += time.perf_counter() - began_s
+
+    def _evaluate(self, done: int) -> None:
+        """Has the EMA weights of this step evaluated; the process works while training goes on."""
+        assert self.evaluation is not None
+        if done == self.config.steps:  # nothing waits any more
+            self.evaluation.finish()
+        if not self.evaluation.running:
+            self._export()
+            self.evaluation.start(done)
+
+
+def _evaluation(trainer: Trainer, out: Path) -> BackgroundEvaluation:
+    data = trainer.data
+    if not data.source:
+        raise DataError("evaluate_every needs data that another process can read: from a folder, a file or avatars:")
+    config = trainer.config
+    return BackgroundEvaluation(out, data.source, data.image_shape[1], config.evaluate_images, str(trainer.device))
 
 
 @contextmanager

@@ -89,15 +89,19 @@ def reference() -> Ops:
     return _REFERENCE
 
 
-def cpu() -> Ops:
+def cpu(keep_memory: bool = True) -> Ops:
     """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready at once.
 
     Works on tensors on the CPU in float32, bfloat16 or float16, with oneDNN or without; float64 and weights that no
-    `pack_conv` has packed run on the reference operations. Gradients do not flow.
+    `pack_conv` has packed run on the reference operations. Gradients do not flow. An image's bits depend on the
+    batch it is in, by rounding.
+
+    keep_memory: have glibc keep freed memory of any size for this whole process, whose peak then stays its own
+    until it ends. Without it, maps above 32 MB (256-pixel models) are faulted in anew at each use.
     """
     from . import ops_cpu
 
-    return ops_cpu.build()
+    return ops_cpu.build(keep_memory)
 
 
 def triton() -> Ops:

@@ -99,9 +99,10 @@ def test_psnr_by_hand():
         ({"num_class_embeds": 3}, {}, {"label": 2, "n": 1}),
     ],
 )
-def test_the_reference_operations_are_within(config: Any, schedule: Any, options: Any):
-    report = small_verify(checkpoint(config, **schedule), **options)
-    assert report.ok and report.exact == {}
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_right_operations_are_within(which: str, config: Any, schedule: Any, options: Any):
+    report = small_verify(checkpoint(config, **schedule), ops=which, **options)
+    assert report.ok and report.exact == {} and report.ops == which
     assert len(report.probes) == 3 and [p.step for p in report.probes] == [0, 2, 4]
     half = options.get("dtype", torch.float32) != torch.float32
     for p in report.probes:  # nothing is judged against itself
@@ -112,7 +113,7 @@ def test_the_reference_operations_are_within(config: Any, schedule: Any, options
 
 def test_the_numbers_of_the_first_step_by_hand():
     c = checkpoint()
-    report = small_verify(c, dtype=torch.bfloat16, seed=5)
+    report = small_verify(c, dtype=torch.bfloat16, seed=5, ops="reference")
     x = philox_normal(torch.tensor([5]), torch.arange(2), torch.tensor([INITIAL_STEP]), (3, 8, 8))
     t = report.probes[0].timestep
     assert t == c.schedule.timesteps(5)[0]
@@ -278,7 +279,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: object) -> tuple[i
 def test_the_command(saved: Path, monkeypatch: Any, capsys: Any):
     words = (saved, "--device", "cpu", "--steps", 4, "--probes", 2, "-n", 1, "--dtype", "bfloat16")
     code, out, err = run(monkeypatch, capsys, *words)
-    assert (code, err) == (0, "") and "within the house rule" in out and "reference in bfloat16 on cpu" in out
+    assert (code, err) == (0, "") and "within the house rule" in out and "cpu in bfloat16 on cpu" in out
     code, out, _ = run(monkeypatch, capsys, *words, "--json")
     facts = json.loads(out)
     assert code == 0 and facts["ok"] is True and [p["step"] for p in facts["probes"]] == [0, 3]
@@ -290,7 +291,7 @@ def test_the_command(saved: Path, monkeypatch: Any, capsys: Any):
 def test_a_planted_bug_exits_with_1(saved: Path, monkeypatch: Any, capsys: Any):
     words = (saved, "--device", "cpu", "--steps", 4, "--probes", 2, "-n", 1)
     for bug in ("residual a little off", "not a number at the end"):
-        monkeypatch.setattr(ops, "reference", lambda bug=bug: BUGS[bug])
+        monkeypatch.setattr(ops, "cpu", lambda bug=bug: BUGS[bug])
         code, out, err = run(monkeypatch, capsys, *words)
         assert (code, err) == (1, "") and "NOT within the house rule" in out
         code, out, _ = run(monkeypatch, capsys, *words, "--json")
@@ -304,7 +305,7 @@ def test_a_planted_bug_exits_with_1(saved: Path, monkeypatch: Any, capsys: Any):
         (("--label", "1"), "no classes"),
         (("-n", "0"), "n must be at least 1; got 0"),
         (("--probes", "0"), "probes must be at least 1"),
-        (("--ops", "cpu"), "not part of this version"),
+        (("--ops", "gpu"), "ops must be one of auto, reference, cpu, triton"),
     ],
 )
 def test_a_mistake_is_one_line(words: Any, message: str, saved: Path, monkeypatch: Any, capsys: Any):

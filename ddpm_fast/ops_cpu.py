@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import norm_cpu, onednn, reference, upsample_difference
+from .kernels import host_memory, norm_cpu, onednn, reference, upsample_difference
 from .ops import Ops
 
 
-def build() -> Ops:
-    """The set; on any processor, with or without oneDNN."""
+def build(keep_memory: bool = True) -> Ops:
+    """The set; on any processor, with or without oneDNN. ``keep_memory``: see `ops.cpu`."""
+    if keep_memory:
+        host_memory.keep_freed_memory()
     return Ops(
         name="cpu",
         norm_act=_norm_act,

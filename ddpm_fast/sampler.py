@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import batching
 from .choose_ops import choose_ops
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram
-from .noise import Philox, TorchNoise
+from .noise import NoiseSource
+from .nonfinite import FirstFaults, Unchanged, finite_images, repair
 from .ops import Ops
 from .prepared import prepare
+from .sampler_call import Call, Shown, padded, strides
 from .schedule import Schedule
 from .step_table import StepTable, step_table
 from .unet import UNet
@@ -32,11 +36,12 @@ class Sampler:
     image_shape); out may be a tuple that starts with the output, or have it as ``.sample``. One whose
     ``self_condition`` is true is called f(x, t, x0), x0 as predicted at the step before.
     schedule: the `Schedule` it was trained with.
-    batch_size: images drawn together. steps: how many timesteps (by the schedule's spacing); which ones,
-    descending; or text, OpenAI's rule ("250", "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et
-    al. 2020, Algorithm 2) or "ddim" (Song et al. 2021) with its eta. time_scale: the model is given
-    time_scale * t; None: the schedule's. guidance_scale: classifier-free guidance for a `UNet`
-    trained with label dropout, whose last class stands for none.
+    batch_size: images drawn together; "auto" is as many as fit on a GPU, and what is fast on a CPU
+    (`batching.choose`). Where memory ends, it is halved.
+    steps: how many timesteps (by the schedule's spacing); which ones, descending; or text, OpenAI's rule ("250",
+    "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et al. 2020, Algorithm 2) or "ddim" (Song et al.
+    2021) with its eta. time_scale: the model is given time_scale * t; None: the schedule's.
+    guidance_scale: classifier-free guidance for a `UNet` trained with label dropout, whose last class stands for none.
     dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
     a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'
     DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton, "cpu" on a CPU, else "reference"), "reference",
@@ -50,7 +55,7 @@ class Sampler:
         self,
         model: UNet | Callable[..., Any],
         schedule: Schedule,
-        batch_size: int = 64,
+        batch_size: int | str = 64,
         steps: int | str | Sequence[int] | None = None,
         method: str | None = None,
         eta: float | None = None,
@@ -63,31 +68,49 @@ class Sampler:
         guidance_scale: float | None = None,
         time_scale: float | None = None,
     ):
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}")
+        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a positive integer or 'auto'; got {batch_size!r}")
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
         if graph not in GRAPHS:
             raise ValueError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}")
         if isinstance(noise, str) and noise not in ("philox", "torch"):
             raise ValueError(f"noise must be 'philox', 'torch' or a torch.Generator; got {noise!r}")
-        self.schedule, self.batch_size, self.dtype, self.noise = schedule, batch_size, dtype, noise
+        if batch_size == "auto" and (noise == "torch" or isinstance(noise, torch.Generator)):
+            raise ValueError(
+                "batch_size='auto' needs noise that does not depend on the batch; got one torch generator for all "
+                "images; use noise='philox', a list of one generator an image, or a number"
+            )
+        self.schedule, self.dtype, self.noise = schedule, dtype, noise
         self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
         self.device = torch.device(device) if device is not None else _device_of(model)
         if graph not in ("auto", "none") and self.device.type != "cuda":
             raise ValueError(f"graph={graph!r} needs a CUDA device; this sampler is on {self.device}; use graph='auto'")
         self.graph, self.guidance_scale = graph, guidance_scale
-        self.ops = choose_ops(ops, self.device)
         self.image_shape = image_shape or _image_shape(model)
+        batch = batch_size if isinstance(batch_size, int) else None
+        self.ops, self.ops_reason = choose_ops(ops, self.device, model, dtype, self.image_shape, batch, len(self.table))
         if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
-        self.model: Any
-        if isinstance(model, UNet):
-            self.model = prepare(model, dtype, self.device, self.ops)
-        else:  # any callable; one that can makes its own copy for this dtype and device
-            for_sampling = getattr(model, "for_sampling", None)
-            self.model = model if for_sampling is None else for_sampling(dtype, self.device)
+        self.model: Any = self._prepared(model, dtype)
+        # Kept where it may be needed again: for images that half precision cannot hold.
+        keep = dtype != torch.float32 and self.model is not model
+        self._original = Unchanged(model) if keep else None
+        self.batch_size: int = batch_size if isinstance(batch_size, int) else self._chosen_batch()
+        self._even = batch_size == "auto"  # batches of one call about equal, so that no padding is drawn
+        self._limit = batching.Limit()
         self._programs: OrderedDict[tuple[int, bool], tuple[Program, Runner]] = OrderedDict()
+
+    def _prepared(self, model: Any, dtype: torch.dtype) -> Any:
+        if isinstance(model, UNet):
+            return prepare(model, dtype, self.device, self.ops)
+        # any callable; one that can makes its own copy for this dtype and device
+        for_sampling = getattr(model, "for_sampling", None)
+        return model if for_sampling is None else for_sampling(dtype, self.device)
+
+    def _chosen_batch(self) -> int:
+        model, table, shape = self.model, self.table, self.image_shape
+        return batching.choose(model, table, shape, self.dtype, self.device, self.ops, self.guidance_scale)
 
     @property
     def num_classes(self) -> int | None:
@@ -109,8 +132,12 @@ class Sampler:
 
         callback(step, x) is called with x_T, after every ``interval`` steps and after the last, with the steps
         done and the batch as it stands, [<= batch_size, C, H, W] float32 on the sampler's device; copy it to
-        keep it. It, and a progress bar, wait for the device at each interval; without them nothing does. A bar
-        alone moves every step on a CPU, and fifty times a batch elsewhere.
+        keep it. It, and a progress bar, wait for the device at each interval; without them nothing does before the
+        end. A bar alone moves every step on a CPU, and fifty times a batch elsewhere. Where memory ended, a batch
+        begins again, smaller, at step 0.
+
+        Images with NaN or infinity are drawn again in float32 if the network ran in another dtype, with a warning;
+        RuntimeError names the ids and steps of those that are still not finite.
         """
         if n < 0:
             raise ValueError(f"n must be 0 or more; got {n}")
@@ -125,33 +152,91 @@ class Sampler:
             raise ValueError(f"a list of generators needs one an image; got {len(generators)} for n={n}")
         if self.noise == "torch":
             generators = torch.Generator(self.device).manual_seed(seed)
+        call = Call(
+            n=n,
+            seed=seed,
+            first_id=first_id,
+            labels=all_labels,
+            generators=generators,
+            in_step=self.ops.initial_noise is not None or self.device.type != "cpu",
+            image_shape=self.image_shape,
+            draws=self.table.draws,
+            dtype=self.dtype,
+            device=self.device,
+            unit=self._at_once(n),
+        )
         result = torch.empty(n, *self.image_shape, device=self.device)
-        batches = [(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size)]
+        finite = torch.ones(n, dtype=torch.bool, device=self.device)
         watched = interval if progress or callback is not None else len(self.table)
-        with _progress_bar(progress, len(batches) * len(self.table), n) as bar:
-            for start, stop in batches:
-                source = self._source(seed, first_id + start, stop - start, generators, slice(start, stop))
-                program, runner = self._program(min(n, self.batch_size), stop - start, source is not None)
-                batch_labels = None if all_labels is None else _padded(all_labels[start:stop], program.batch_size)
-                ids = torch.arange(first_id + start, first_id + start + program.batch_size)
-                x_T = None if source is None else _padded(source.initial(), program.batch_size)
-                program.begin(seed, ids, batch_labels, x_T)
-                x = program.x[: stop - start]
-                if callback is not None:
-                    callback(0, x)
-                for done, steps in _strides(len(self.table), watched):
-                    self._advance(program, runner, source, done - steps, steps)
-                    if progress and self.device.type == "cuda":
-                        torch.cuda.current_stream(self.device).synchronize()
-                    bar.update(steps)
-                    if callback is not None:
-                        callback(done, x)
-                result[start:stop] = x
+        units = call.units()
+        with _progress_bar(progress, len(units) * len(self.table), n) as bar:
+            shown = Shown(bar, callback, len(self.table), progress and self.device.type == "cuda")
+            for unit in units:
+
+                def draw(rows: Sequence[int], unit: range = unit) -> None:
+                    assert isinstance(rows, range)
+                    with shown.batch(first=rows.start == unit.start):
+                        x = self._draw(call, unit, rows, shown.look, watched)
+                    result[rows.start : rows.stop] = x
+                    finite[rows.start : rows.stop] = finite_images(x)
+
+                self._in_parts(call, unit, draw)
+        if not finite.all():  # waits for the device, once
+            rows, times = (~finite).nonzero().flatten().tolist(), self.table.timesteps
+            repair(call, rows, result, self.dtype, times, self._draw_watched, self._in_float32)
         return result
 
-    def _advance(
-        self, program: Program, runner: Runner, source: Philox | TorchNoise | None, done: int, steps: int
-    ) -> None:
+    def _at_once(self, n: int) -> int:
+        """Images of a batch, of n in all."""
+        return -(-n // -(-n // self.batch_size)) if self._even and n else self.batch_size
+
+    def _in_parts(self, call: Call, rows: Sequence[int], draw: Callable[[Sequence[int]], None]) -> None:
+        self._limit.run(rows, lambda n: self._shape(call, n), draw, self._release)
+
+    def _release(self) -> None:
+        """Free what programs hold."""
+        self._programs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _draw(
+        self, call: Call, unit: range, rows: Sequence[int], look: Callable[[int, Tensor], None], interval: int
+    ) -> Tensor:  # [len(rows), C, H, W], the program's own buffer
+        """x_0 of ``rows``; look(done, x) at the beginning and after every ``interval`` steps."""
+        source = call.source(unit, rows)
+        program, runner = self._program(self._shape(call, len(rows)), source is not None)
+        size, labels = program.batch_size, call.labels_of(rows)
+        x_T = None if source is None else padded(source.initial(), size)
+        program.begin(call.seed, padded(call.ids(rows), size), None if labels is None else padded(labels, size), x_T)
+        x = program.x[: len(rows)]
+        look(0, x)
+        for done, steps in strides(len(self.table), interval):
+            self._advance(program, runner, source, done - steps, steps)
+            look(done, x)
+        return x
+
+    def _draw_watched(self, call: Call, rows: Sequence[int], result: Tensor) -> dict[int, int]:
+        """Draw ``rows`` into ``result``, looking at each step: row -> steps done when it was first not finite."""
+        faults = FirstFaults()
+        for unit in call.units():
+
+            def draw(part: Sequence[int], unit: range = unit) -> None:
+                result[list(part)] = self._draw(call, unit, part, faults.looking_at(part), 1)
+
+            self._in_parts(call, [row for row in rows if row in unit], draw)
+        return faults.steps
+
+    def _in_float32(self) -> Callable[[Call, Sequence[int], Tensor], dict[int, int]] | None:
+        """`_draw_watched` over float32 weights, or None where there are none or they have been changed."""
+        if not self._original:
+            return None
+        self._release()  # what the smaller dtype held
+        other = copy.copy(self)
+        other.model, other.dtype = self._prepared(self._original.model, torch.float32), torch.float32
+        other.graph, other._original, other._programs = "none", None, OrderedDict()
+        return other._draw_watched
+
+    def _advance(self, program: Program, runner: Runner, source: NoiseSource | None, done: int, steps: int) -> None:
         """The next steps, with noise from the host where it is not drawn in the step."""
         if source is None:
             runner.advance(steps)
@@ -163,11 +248,14 @@ class Sampler:
             program.noise[: len(z)].copy_(z)
             runner.advance(1)
 
-    def _program(self, largest: int, n: int, given_noise: bool) -> tuple[Program, Runner]:
-        """The program of a batch of n images: of its own shape on a CPU, where an idle image costs its full time;
-        elsewhere of the whole batch's, whose graph and buffers are there already."""
+    def _shape(self, call: Call, n: int) -> int:
+        """Images of the program that draws n: its own number on a CPU, where an idle image costs its full time;
+        elsewhere that of the whole batch, whose graph and buffers are there already."""
         plain = self.device.type == "cpu" and self.ops.initial_noise is None
-        key = (n if plain else largest, given_noise)
+        return n if plain else self._limit.of(min(call.n, call.unit))
+
+    def _program(self, size: int, given_noise: bool) -> tuple[Program, Runner]:
+        key = (size, given_noise)
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
@@ -193,18 +281,6 @@ class Sampler:
         # Noise from the host comes step by step, so a graph of several steps would never run.
         stepwise = program.noise is not None and self.graph in ("chunk", "loop")
         return graphs.runner(program, "step" if stepwise else self.graph)
-
-    def _source(self, seed: int, first_id: int, n: int, generators: Any, part: slice) -> Philox | TorchNoise | None:
-        """Where the host takes noise from; None: the step draws it itself."""
-        if generators is None:
-            if self.ops.initial_noise is not None or self.device.type != "cpu":
-                return None
-            ids = torch.arange(first_id, first_id + n, dtype=torch.int64, device=self.device)
-            key = torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=self.device)
-            return Philox(key, ids, self.image_shape)
-        if isinstance(generators, Sequence) and len(generators) > 1:
-            generators = generators[part]
-        return TorchNoise(generators, (n, *self.image_shape), self.table.draws, self.dtype, self.device)
 
     def _labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
         if labels is None:
@@ -248,21 +324,10 @@ def _image_shape(model: object) -> tuple[int, int, int]:
     shape = getattr(model, "image_shape", None)
     if shape is not None:
         return shape
-    raise ValueError("image_shape=(C, H, W) is needed: the model does not state its image size")
-
-
-def _padded(values: Tensor, n: int) -> Tensor:
-    """[m, ...] -> [n, ...]: the last one repeated, for the images of a partial batch that are thrown away."""
-    return torch.cat((values, values[-1:].expand(n - len(values), *values.shape[1:]))) if len(values) < n else values
-
-
-def _strides(total: int, interval: int) -> Iterator[tuple[int, int]]:
-    """(steps done, steps of this stride): at each multiple of ``interval`` and at the end."""
-    done = 0
-    while done < total:
-        steps = min(interval, total - done)
-        done += steps
-        yield done, steps
+    raise ValueError(
+        "image_shape=(C, H, W) is needed: the model does not state its image size (on the command line, "
+        "--set image_size=N or, for a diffusers model, sample_size=N)"
+    )
 
 
 @contextmanager

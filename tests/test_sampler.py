@@ -370,8 +370,8 @@ def test_image_shape_overrides_the_model_s_size():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"batch_size": 0}, "batch_size must be a positive integer; got 0"),
-        ({"batch_size": 1.5}, "batch_size must be a positive integer; got 1.5"),
+        ({"batch_size": 0}, "batch_size must be a positive integer or 'auto'; got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a positive integer or 'auto'; got 1.5"),
         ({"dtype": torch.float64}, "dtype must be one of float32, bfloat16, float16; got torch.float64"),
         ({"graph": "yes"}, "graph must be .*; got 'yes'"),
         ({"ops": "cuda"}, "ops must be .*; got 'cuda'"),

@@ -34,7 +34,7 @@ LAYERS = [
     {"time_rows", "unet", "presets", "ema", "train_state"},
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"}
     | {"store", "store_manifest", "store_export"},
-    {"sampler", "inspection"},
+    {"sampler", "inspection", "batching", "sampler_call", "nonfinite"},
     {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline", "workers"},
     {"training_cli", "cli_options", "cli_engine", "cli_convert", "cli_bench", "cli_sample", "cli_export"},
     {"cli"},

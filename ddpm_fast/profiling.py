@@ -180,7 +180,7 @@ class Profile:
 
 
 def profile(
-    model: UNet,
+    model: UNet | Callable[..., Any],  # one that is not a UNet is timed as a whole, as one operation
     schedule: Schedule,
     *,
     batch_size: int = 4,
@@ -190,15 +190,16 @@ def profile(
     ops: Any = "auto",  # as `Sampler` takes it
     graph: str = "auto",  # of the run that a GPU is watched in; operations are timed eagerly
     seconds: float = WATCH_S,  # of that run, at least
+    image_shape: tuple[int, int, int] | None = None,  # (C, H, W), where the model does not state it
     title: str = "",
     command: Sequence[str] | None = None,
     find_roofs: Callable[[torch.device, torch.dtype], Roofs] = roofs,
     clock: Clock | None = None,
 ) -> Profile:
     """Run the sampler for some steps and time every operation. ValueError for what does not fit together."""
-    if not isinstance(model, UNet):
-        raise ValueError(f"profile needs a UNet, whose operations it can time; got {type(model).__name__}")
-    sampler = Sampler(model, schedule, batch_size, dtype=dtype, device=device, ops=ops, graph=graph)
+    sampler = Sampler(
+        model, schedule, batch_size, dtype=dtype, device=device, ops=ops, graph=graph, image_shape=image_shape
+    )
     chain, where = len(sampler.table), sampler.device
     if not 1 <= steps <= chain:
         raise ValueError(f"steps must be in 1..{chain}, the steps of the chain; got {steps}")
@@ -229,9 +230,9 @@ def profile(
     return replace(p, notes=tuple(_notes(p)))
 
 
-def _labels(model: UNet, n: int) -> torch.Tensor | int | None:
+def _labels(model: Any, n: int) -> torch.Tensor | int | None:
     """Any: time does not depend on the class."""
-    if model.class_embedding is None:
+    if not isinstance(model, UNet) or model.class_embedding is None:
         return None
     return torch.zeros(n, model.config.time_width) if model.config.class_embed_type == "identity" else 0
 
@@ -242,7 +243,8 @@ def _calls(probe: Probe, found: Mapping[str, Roofs], network: str) -> list[Call]
     calls = []
     for record, layer, seconds in zip(probe.records, probe.layers, medians):
         at = found.get(_name(record.dtype), found[network])
-        compute = record.cost.flops / at.flops_per_s(record.operation)
+        # A whole model is priced as what a U-Net mostly is.
+        compute = record.cost.flops / at.flops_per_s("conv" if record.operation == "model" else record.operation)
         memory = record.cost.bytes / at.copy_bytes_per_s
         bound = "compute" if compute > memory else "memory"
         calls.append(Call(record, layer, seconds, max(compute, memory), bound))

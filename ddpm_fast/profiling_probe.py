@@ -8,7 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from .kernels.cost import Cost
 from .ops import Ops, recording
 from .recording import Record
 from .unet import UNet
@@ -141,6 +145,11 @@ class Probe:
             wrapped["placed"] = lambda memory: self.instrument(placed(memory))
         return replace(ops, **wrapped)
 
+    def whole(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """A model that is not written in these operations, as one operation."""
+        log: list[Record] = []
+        return WholeModel(model, self._around("model", model, priced(model, log), log))
+
     def name_layers(self, model: UNet) -> None:
         """Learn which weights belong to which layer of a prepared copy, which must outlive the steps."""
         self._names, self._image_channels = layer_names(model), model.config.in_channels
@@ -191,6 +200,38 @@ class Probe:
         if name == "attention" and self.layers:  # between its two projections
             return self.layers[-1].rpartition(".")[0]
         return ""
+
+
+class WholeModel:
+    """Calls ``call`` and is ``model`` in everything else."""
+
+    def __init__(self, model: Callable[..., Any], call: Callable[..., Any]):
+        self._model, self._call = model, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def priced(model: Callable[..., Any], log: list[Record]) -> Callable[..., Any]:
+    """``model``, whose calls go to ``log``: FLOPs as torch counts them; bytes of weights, input and output."""
+    held = getattr(model, "parameters", None)
+    weights = list(held()) if callable(held) else []
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Of attention's implementations, the one whose products torch counts on every device.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            result = model(x, *args, **kwargs)
+        y = result[0] if isinstance(result, (tuple, list)) else getattr(result, "sample", result)
+        read = sum(t.numel() * t.element_size() for t in (x, *weights))
+        cost = Cost(counter.get_total_flops(), read, y.numel() * y.element_size(), 0)
+        dtype = weights[0].dtype if weights else x.dtype
+        log.append(Record("model", (("x", tuple(x.shape)), ("out", tuple(y.shape))), dtype, type(model).__name__, cost))
+        return result
+
+    return call
 
 
 def unpadded(record: Record, channels: int) -> Record:

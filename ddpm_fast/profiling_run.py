@@ -46,10 +46,11 @@ def run_steps(
 
 def with_ops(sampler: Sampler, ops: Ops, graph: str = "none") -> Sampler:
     """The same sampler over the same weights, its operations replaced by ``ops``, with programs of its own."""
-    other, model = copy.copy(sampler), copy.copy(sampler.model)
-    assert isinstance(model, UNet)
-    other.ops = model.ops = ops
-    other.model, other.graph, other._programs = model, graph, OrderedDict()
+    other = copy.copy(sampler)
+    other.ops, other.graph, other._programs = ops, graph, OrderedDict()
+    if isinstance(sampler.model, UNet):
+        other.model = copy.copy(sampler.model)
+        other.model.ops = ops
     return other
 
 
@@ -62,8 +63,10 @@ def measure(
     """``steps`` steps timed call by call, and the seconds of as many without instruments, taking turns."""
     probe = Probe(clock)
     watched = with_ops(sampler, probe.instrument(sampler.ops))
-    assert isinstance(watched.model, UNet)
-    probe.name_layers(watched.model)
+    if isinstance(watched.model, UNet):
+        probe.name_layers(watched.model)
+    else:
+        watched.model = probe.whole(watched.model)
     plain: list[float] = []
     chain = len(sampler.table)
     run_steps(watched, min(2, chain), probe.begin, lambda: probe.end(keep=False), labels)

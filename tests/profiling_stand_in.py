@@ -87,7 +87,7 @@ def made_up_profile(timed: Timed | None = None, steps: int = 5, **more: Any) -> 
     timed = Timed() if timed is None else timed
     settings: dict[str, Any] = {"batch_size": 2, "steps": steps, "ops": timed.ops, "title": "a tiny model"}
     settings |= {"clock": timed.clock, "find_roofs": roofs, "command": ["ddpm-fast", "profile", "a&b", "<i>"]}
-    return profile(unet(TINY), SCHEDULE, **(settings | more))
+    return profile(more.pop("model", None) or unet(TINY), SCHEDULE, **(settings | more))
 
 
 def with_gpus(p: Profile, *gpus: Series, note: str | None = None) -> Profile:

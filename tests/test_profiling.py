@@ -239,8 +239,27 @@ def test_classes_and_their_time_rows():
 def test_what_does_not_fit(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         made_up_profile(**changed)
-    with pytest.raises(ValueError, match="profile needs a UNet, whose operations it can time; got function"):
-        profile(lambda x, t: x, SCHEDULE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_shape"):
+        profile(lambda x, t: x, SCHEDULE)
+
+
+def test_a_model_of_other_code_is_one_operation():
+    """2 x 8 x 8 pixels, 3 to 4 to 3 channels, 9 taps; 5 s a call. Its output comes as diffusers' does."""
+    timed = Timed()
+
+    class Foreign(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:  # type: ignore[override]
+            timed.clock.now += 5
+            return SimpleNamespace(sample=super().forward(x))
+
+    model = Foreign(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 3, 3, padding=1))
+    p = made_up_profile(timed, model=model, steps=3, image_shape=(3, 8, 8))
+    rows = {r.line.operation: r for r in p.rows}
+    whole = rows["model"]
+    assert set(rows) == {"model", "sampler_step"} and whole.seconds == pytest.approx(5)
+    assert whole.flops == 2 * 2 * (2 * 8 * 8) * 9 * 3 * 4 and whole.roof_s == pytest.approx(whole.flops / 8e6)
+    assert whole.bytes == 4 * (2 * 9 * 12 + 7 + 2 * 2 * 3 * 64) and whole.line.detail == "Foreign"
+    assert whole.share == pytest.approx(5 / 5.001) and p.plain_s == pytest.approx(5.001)
 
 
 def test_a_watched_run_counts_whole_chains_and_parts(monkeypatch: pytest.MonkeyPatch):

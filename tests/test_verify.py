@@ -305,7 +305,7 @@ def test_a_planted_bug_exits_with_1(saved: Path, monkeypatch: Any, capsys: Any):
         (("--label", "1"), "no classes"),
         (("-n", "0"), "n must be at least 1; got 0"),
         (("--probes", "0"), "probes must be at least 1"),
-        (("--ops", "gpu"), "ops must be one of auto, reference, cpu, triton"),
+        (("--ops", "gpu"), "ops must be one of auto, reference, cpu"),
     ],
 )
 def test_a_mistake_is_one_line(words: Any, message: str, saved: Path, monkeypatch: Any, capsys: Any):

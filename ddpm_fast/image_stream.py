@@ -116,7 +116,8 @@ def _npz(path: Path) -> tuple[ImageStream, tuple[int, ...]]:
                     raise DataError(f"{path} is damaged: {error}") from error
                 if len(content) != wanted:
                     raise DataError(f"{path} ends within its images: {len(content)} bytes of {wanted}")
-                yield np.frombuffer(bytearray(content), np.uint8)  # writable, as torch wants it.reshape(-1, *shape[1:])
+                pixels = np.frombuffer(bytearray(content), np.uint8)  # writable, as torch wants it
+                yield pixels.reshape(-1, *shape[1:])
 
     return ImageStream(shape[0], str(path), _stamp(path), batches), shape
 

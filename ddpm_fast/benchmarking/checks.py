@@ -56,7 +56,7 @@ class Judge:
 
     def __init__(self, case: Case, seed: int = 0):
         self.case, self.seed = case, seed
-        self.table = step_table(case.schedule, case.steps)
+        self.table = step_table(case.schedule, case.steps, "ddpm")
         count = min(PROBES, case.steps)
         self.probes = sorted({round(i * (case.steps - 1) / max(count - 1, 1)) for i in range(count)})
         self.distinct = min(DISTINCT, case.batch)
@@ -125,6 +125,7 @@ class Judge:
                     case.schedule,
                     batch_size=case.batch,
                     steps=case.steps,
+                    method="ddpm",
                     device=case.device,
                     ops="reference",
                     graph="none",

@@ -130,6 +130,7 @@ class Guided:
             case.schedule,
             batch_size=case.batch,
             steps=case.steps,
+            method="ddpm",
             device=case.device,
             ops="reference",
             graph="none",

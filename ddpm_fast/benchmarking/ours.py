@@ -39,6 +39,7 @@ def make(case: Case, dtype: torch.dtype, operations: str, graph: str = "auto") -
         case.schedule,
         batch_size=case.batch,
         steps=case.steps,
+        method="ddpm",
         dtype=dtype,
         device=case.device,
         ops=operations,

@@ -74,7 +74,7 @@ def run(
         rows = _Batch(case, settings, say).rows(providers)
         for row in rows:
             if "ms_a_step" in row:
-                _derive(row, chain, cost["flops"], peaks.get(row["dtype"]))
+                _derive(row, chain, cost["flops"], peaks.get(row["dtype"]), settings.clock == "wall")
         found["rows"] += rows
         gc.collect()
     found["environment"]["load_average_after"] = environment(settings.device)["load_average"]
@@ -189,14 +189,14 @@ def _fill(row: dict[str, Any], timed: Comparison, steps: int) -> None:
     row["times_as_fast"] = {"as": timed.baseline, "value": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
-def _derive(row: dict[str, Any], chain: int, flops: int, peak: float | None) -> None:
+def _derive(row: dict[str, Any], chain: int, flops: int, peak: float | None, wall: bool) -> None:
     """What follows from the time of a step: images/s, FLOP/s, the first image."""
     step_s = row["ms_a_step"]["median"] / 1e3
     row["images_per_s"] = row["batch"] / (step_s * chain)
     row["tflops"] = flops * row["batch"] / step_s / 1e12
     row["share_of_convolution_roof"] = None if peak is None else row["tflops"] * 1e12 / peak
     start = row.get("startup")
-    if start is not None and "failed" not in start:
+    if start is not None and "failed" not in start and wall:
         start["first_image_s"] = start["load_s"] + start["first_step_s"] + (chain - 1) * step_s
 
 

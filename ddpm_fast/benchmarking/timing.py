@@ -10,6 +10,8 @@ how long one took. Calls shorter than a clock can see are repeated within a samp
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ Run = Callable[[], object]
 SHORTEST_SAMPLE_MS = 1.0  # calls are repeated until a sample takes this long: 20,000 times the clock's resolution
 MOST_CALLS = 1 << 14  # of one sample
 RESAMPLES = 1000
+SETTLED = 5  # of fewer rounds nothing can be told
 INTERVAL = (2.5, 97.5)  # percentiles of a ratio's interval
 
 
@@ -175,10 +178,11 @@ def compare(
             run()
     calls = {name: _calls(run, clock) if repeat else 1 for name, run in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    names, order, began = list(variants), np.random.default_rng(seed), now()
+    names, order = list(variants), random.Random(seed)
+    began = now()
     for done in range(1, most + 1):
-        for i in order.permutation(len(names)):
-            name = names[i]
+        order.shuffle(names)
+        for name in names:
             samples[name].append(clock(variants[name], calls[name]) / calls[name])
         spent = now() - began
         if done >= least and (spent * (done + 1) / done > budget_s or _settled(samples, baseline, precision)):
@@ -197,11 +201,23 @@ def _calls(run: Run, clock: Clock) -> int:
 
 
 def _settled(samples: Mapping[str, Sequence[float]], baseline: str, precision: float) -> bool:
-    """Whether more rounds would tell little. Of one variant alone, its median takes the ratio's place."""
+    """Whether more rounds would tell little: the ratios' median lies between two of them that are near each other.
+
+    The interval is the one of order statistics (n / 2 +- 1.96 sqrt(n) / 2), which costs microseconds where resampling
+    costs a millisecond a look. Of one variant alone, its time takes the ratio's place.
+    """
     base = samples[baseline]
     others = [s for name, s in samples.items() if name != baseline] or [[1.0] * len(base)]
-    found = (paired_ratio(base, other, resamples=200) for other in others)
-    return all(r.high - r.low <= precision * r.value for r in found)
+    n = len(base)
+    reach = 0.98 * math.sqrt(n)
+    first, last = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    if n < SETTLED:
+        return False
+    for other in others:
+        ratios = np.sort(np.divide(base, other))
+        if ratios[last] - ratios[first] > precision * ratios[n // 2]:
+            return False
+    return True
 
 
 def copies_for(nbytes: int, cache_bytes: int, most_bytes: int = 4 << 30) -> int:
@@ -237,7 +253,8 @@ def overhead(step_ms: float = 10.0, rounds: int = 30) -> dict[str, float]:
     """What the harness adds to a step of ``step_ms``, as shares of it.
 
     reported: the harness's time of a step beside the step's own account of it, the median over rounds.
-    between: time of the rounds that is in no sample. Its own statistics, made once a round, are in it.
+    between: what of a round is in no sample, its own statistics included; the median too, since another process
+    may take a core at any moment.
     """
     own: list[float] = []
 
@@ -253,12 +270,12 @@ def overhead(step_ms: float = 10.0, rounds: int = 30) -> dict[str, float]:
         marks.append(time.perf_counter())
         return marks[-1]
 
-    timed = compare({"step": step}, warmup=1, rounds=(rounds, rounds), precision=0.0, now=now)["step"]
+    timed = compare({"step": step}, rounds=(1, rounds), precision=0.0, now=now)["step"]
     samples = timed.samples_ms
     excess = np.asarray(samples) - np.asarray(own[-len(samples) :])
-    spent = (marks[-1] - marks[0]) * 1e3
+    between = np.diff(marks) * 1e3 - np.asarray(samples)
     return {
         "step_ms": step_ms,
         "reported": float(np.median(excess)) / step_ms,
-        "between": (spent - sum(samples)) / len(samples) / step_ms,
+        "between": float(np.median(between)) / step_ms,
     }

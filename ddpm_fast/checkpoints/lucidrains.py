@@ -53,9 +53,11 @@ KNOWN = (*_ARCHITECTURE, *_NETWORK, *_DIFFUSION, *_SAMPLING, *_WITHOUT_EFFECT)
 
 
 def recorded(content: Any) -> dict[str, Any]:
-    """What a Trainer's file says beside its tensors."""
-    text = content.get("version") if isinstance(content, dict) and "ema" in content else None
-    return {"version": text} if isinstance(text, str) else {}
+    """What a Trainer's file says beside its tensors: whether it has averages, and the package's version."""
+    if not isinstance(content, dict) or not {"ema", "model"} <= set(content):
+        return {}
+    version = {"version": content["version"]} if isinstance(content.get("version"), str) else {}
+    return {"averaged": bool(content["ema"]), **version}
 
 
 def load(found: Found) -> Checkpoint:
@@ -67,6 +69,8 @@ def load(found: Found) -> Checkpoint:
     parts = split(found.tensors, found.weights)
     check_storage(found, parts.network | parts.buffers)
     notes += [parts.note] if parts.note else []
+    if not found.recorded.get("averaged", True):
+        notes.append("the file has no averaged weights (EMA); the model's own are used, which sample worse")
     settings = _Settings(found, parts, notes)
     config = settings.network()
     schedule = settings.schedule(config)

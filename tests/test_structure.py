@@ -35,8 +35,19 @@ LAYERS = [
     {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"}
     | {"store", "store_manifest", "store_export"},
     {"sampler", "inspection", "batching", "sampler_call", "nonfinite"},
-    {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline", "workers"},
-    {"training_cli", "cli_options", "cli_engine", "cli_convert", "cli_bench", "cli_sample", "cli_export"},
+    {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline", "workers"}
+    | {"nvml", "nvml_devices", "profiling", "profiling_probe", "profiling_run", "profiling_text"}
+    | {"report", "report_charts", "report_page"},
+    {
+        "training_cli",
+        "cli_options",
+        "cli_engine",
+        "cli_convert",
+        "cli_bench",
+        "cli_sample",
+        "cli_export",
+        "cli_profile",
+    },
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -38,6 +38,7 @@ def joined(words: Words, several: dict[str, Callable[[str], bool]]) -> Words:
         if first:  # an option's own value, whatever it looks like
             result.append(word)
             first = False
+            fits = None if word.startswith("-") else fits
         elif fits is not None and fits(word):
             result[-1] += "," + word
         else:

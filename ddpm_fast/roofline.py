@@ -67,7 +67,7 @@ def roofs(
     refresh: bool = False,  # measure even where a file has them
     cache: Path | None = None,  # default: `cache_file`
     clock: Clock | None = None,
-    budget_s: float = BUDGET_S,
+    budget_s: float | None = None,  # default: `BUDGET_S`
 ) -> Roofs:
     """The roofs of ``device`` in ``dtype`` with the threads that torch has now, from the cache or measured.
 
@@ -78,7 +78,9 @@ def roofs(
     known = _read(cache)
     if not refresh and key in known:
         return Roofs(**known[key])
-    found = measure(device, dtype, clock_for(device) if clock is None else clock, budget_s)
+    found = measure(
+        device, dtype, clock_for(device) if clock is None else clock, BUDGET_S if budget_s is None else budget_s
+    )
     _write(cache, {**_read(cache), key: found.facts()})
     return found
 

@@ -160,7 +160,7 @@ class FakeCuda:
     def _sleep(self, cycles: int) -> None:
         self.launch(cycles / 2e6)
 
-    def Event(self, enable_timing: bool):  # noqa: N802
+    def Event(self, enable_timing: bool):
         assert enable_timing
         cuda = self
 

@@ -1,0 +1,342 @@
+"""`ddpm-fast bench`: providers on the same weights and noise, judged before they are timed, and what is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import TINY, normal, unet
+
+import ddpm_fast as df
+from ddpm_fast import cli_bench, ops
+from ddpm_fast.benchmarking import providers, run, startup, text
+from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, Judge
+from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
+from ddpm_fast.checkpoints import Checkpoint
+from ddpm_fast.roofline import Roofs
+
+CPU = torch.device("cpu")
+SCHEDULE = df.Schedule(num_train_timesteps=20)
+
+
+def case(batch: int = 3, **changes) -> Case:
+    return Case(unet({**TINY, **changes}), SCHEDULE, batch, 4, CPU)
+
+
+def checkpoint() -> Checkpoint:
+    return Checkpoint(unet(TINY), SCHEDULE, "tiny", "test", [])
+
+
+def settings(**changes) -> run.Settings:
+    fields = {"batches": [2], "dtypes": ["float32"], "steps": 3, "startups": False, "rounds": (3, 3), "budget_s": 0.0}
+    return run.Settings(**{**fields, **changes})
+
+
+PEERS = [
+    ("reference", "float32"),
+    ("reference", "bfloat16"),
+    ("cpu", "float32"),
+    ("cpu", "bfloat16"),
+    ("diffusers", "float32"),
+    ("diffusers", "bfloat16"),
+    ("diffusers-channels-last", "float32"),
+    ("diffusers-channels-last", "bfloat16"),
+    ("guided", "bfloat16"),
+    ("guided", "float16"),
+    ("openvino", "float32"),
+    ("onnxruntime", "float32"),
+]
+
+
+def made(name: str, dtype: str, of: Case):
+    (provider,) = chosen([name])
+    reason = provider.missing(CPU, DTYPES[dtype])
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return provider.make(of, DTYPES[dtype])
+
+
+@pytest.mark.parametrize(("name", "dtype"), PEERS)
+def test_every_provider_computes_the_model(name: str, dtype: str) -> None:
+    """Outputs within the house rule, and the trajectory from the same noise is the reference's."""
+    of = case()
+    judge = Judge(of)
+    verdict = judge.verdict(made(name, dtype, of), DTYPES[dtype], strict=True)
+    assert verdict.ok, verdict
+    assert 0 < verdict.largest_allowed < (1e-3 if dtype == "float32" else 1.0)
+    assert verdict.chain < CHAIN_LIMIT[DTYPES[dtype]] / 2
+
+
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-channels-last", "guided", "cpu"])
+def test_labels_and_a_learned_variance_reach_every_provider(name: str) -> None:
+    of = case(num_class_embeds=5, out_channels=6, in_channels=3)
+    of = replace(of, schedule=df.Schedule(num_train_timesteps=20, variance_type="learned_range"))
+    dtype = "bfloat16" if name == "guided" else "float32"
+    verdict = Judge(of).verdict(made(name, dtype, of), DTYPES[dtype], strict=True)
+    assert verdict.ok, verdict
+    labels = of.labels()
+    assert labels is not None and labels.tolist() == [0, 1, 0]
+
+
+def test_the_compiled_provider_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the minutes of a real compilation: torch.compile is asked once, with frozen weights, and used."""
+    pytest.importorskip("diffusers")
+    asked: list[dict] = []
+
+    def compile(module, **kwargs):
+        asked.append(kwargs)
+        return lambda x, t: module(x, t) * 1.001
+
+    monkeypatch.setattr(torch, "compile", compile)
+    of = case()
+    verdict = Judge(of).verdict(made("diffusers-compile", "float32", of), torch.float32, strict=True)
+    assert asked == [{"fullgraph": True, "dynamic": False, "options": {"freezing": True}}]
+    assert not verdict.ok and verdict.rms == pytest.approx(1e-3, rel=0.5)
+
+
+class Crooked:
+    """The reference with one thing wrong."""
+
+    noise = "philox"
+
+    def __init__(self, of: Case, wrong: str):
+        (provider,) = chosen(["reference"])
+        self.right, self.wrong = provider.make(of, torch.float32), wrong
+
+    def network(self, x, i):
+        out = self.right.network(x, i + 1 if self.wrong == "timestep" else i).clone()
+        if self.wrong == "nan":
+            out[-1, 0, 0, 0] = float("nan")
+        return out * 1.0001 if self.wrong == "scale" else out
+
+    def chain(self, seed):
+        x = self.right.chain(seed + 1 if self.wrong == "noise" else seed).clone()
+        if self.wrong == "overflow":
+            x[0, 0, 0, 0] = float("nan")
+        return x.flip(0) if self.wrong == "order" else x
+
+
+@pytest.mark.parametrize(
+    ("wrong", "ok"),
+    [("", True), ("scale", False), ("nan", False), ("noise", False), ("order", False), ("overflow", False)],
+)
+def test_a_check_sees_one_thing_wrong(wrong: str, ok: bool) -> None:
+    of = case()
+    assert Judge(of).verdict(Crooked(of, wrong), torch.float32, strict=True).ok is ok
+
+
+def test_a_wrong_timestep_is_seen() -> None:
+    of = replace(case(), steps=6)
+    judge = Judge(of)
+    judge.probes = [0, 3]
+    assert not judge.verdict(Crooked(of, "timestep"), torch.float32, strict=True).ok
+
+
+def test_what_is_wrong_has_an_error_and_no_speed() -> None:
+    wrong = Provider("crooked", lambda of, dtype: Crooked(of, "scale"), ours=True)
+    fails = Provider("fails", lambda of, dtype: {}["missing key"])
+    absent = Provider("absent", lambda of, dtype: 1, packages=("no_such_package_here",))
+    found = run.run(checkpoint(), [*chosen(["reference"]), wrong, fails, absent], settings())
+    right, red, failed, missing = found["rows"]
+    assert right["check"]["ok"] and right["ms_a_step"]["median"] > 0
+    # 1e-4 of each value, but less of the values that are scaled by their tensor's RMS.
+    assert not red["check"]["ok"] and 5e-5 < red["check"]["rms"] < red["check"]["largest"] < 1.1e-4
+    for row in (red, failed, missing):
+        assert not {"ms_a_step", "images_per_s", "tflops", "times_as_fast", "startup"} & set(row)
+    assert failed["reason"] == "failed: 'missing key'"
+    assert missing["reason"] == "no_such_package_here is not installed"
+    assert run.wrong(found) == [red]
+    for shown in (text.report_text(found), text.markdown(found)):
+        assert "crooked float32: WRONG, so no speed: largest error " in shown
+        assert shown.count("| crooked") == 0 and "\ncrooked  " not in shown
+        assert "absent float32: no_such_package_here is not installed" in shown
+
+
+def test_what_follows_from_a_step_s_time() -> None:
+    class Timed:
+        noise = "philox"
+
+        def __init__(self, of: Case, ms: float):
+            self.inner, self.ms, self.of = Crooked(of, ""), ms, of
+
+        network = property(lambda self: self.inner.network)
+
+        def chain(self, seed):
+
+            time.sleep(self.ms * self.of.steps / 1e3)
+            return (
+                self.result if hasattr(self, "result") else self.__dict__.setdefault("result", self.inner.chain(seed))
+            )
+
+    slow, fast = (Provider(n, lambda of, dtype, ms=ms: Timed(of, ms)) for n, ms in (("slow", 16.0), ("fast", 4.0)))
+    roofs = [Roofs("cpu", "float32", 1, "2", 1e9, 1e9, 2e9)]
+    found = run.run(checkpoint(), [slow, fast], settings(baseline="slow float32", batches=[4]), roofs)
+    a, b = found["rows"]
+    assert a["ms_a_step"]["median"] == pytest.approx(16.0, rel=0.3)
+    assert b["ms_a_step"]["median"] == pytest.approx(4.0, rel=0.5)
+    assert a["times_as_fast"] == {"as": "slow float32", "value": 1.0, "low": 1.0, "high": 1.0}
+    assert b["times_as_fast"]["value"] == pytest.approx(4.0, rel=0.4)
+    for row in (a, b):
+        s = row["ms_a_step"]["median"] / 1e3
+        assert row["images_per_s"] == pytest.approx(4 / (s * 20))
+        flops = found["gflop_per_image_and_step"] * 1e9 * 4
+        assert row["tflops"] == pytest.approx(flops / s / 1e12)
+        assert row["share_of_convolution_roof"] == pytest.approx(flops / s / 2e9)
+    shown = text.report_text(found)
+    assert "extrapolated from 3 of 20 steps" in shown and f"{b['times_as_fast']['value']:.2f} (" in shown
+    whole = run.run(checkpoint(), [slow], settings(steps=None))
+    assert whole["timed_steps"] == whole["chain"] == 20 and "extrapolated" not in text.report_text(whole)
+
+
+def test_the_first_step_and_memory_in_a_process_of_its_own() -> None:
+    (provider,) = chosen(["reference"])
+    found = startup.startup(provider, "float32", unet(TINY), SCHEDULE, 2, CPU)
+    assert "failed" not in found, found
+    assert 0 < found["first_step_s"] < 60 and 0 < found["load_s"] < 60
+    assert found["threads"] == torch.get_num_threads() and "cached_first_step_s" not in found
+    if sys.platform == "linux":  # of that process, which has torch in it, and not of this one
+        assert 100 < found["peak_mib"] < 4000
+
+
+def test_a_process_that_dies_or_hangs_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    (provider,) = chosen(["reference"])
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    args = (provider, "float32", unet(TINY), SCHEDULE, 2, CPU)
+    assert startup.startup(*args) == {"failed": "exit code 1"}
+
+    def hang(*args, **kwargs):
+        raise subprocess.TimeoutExpired("python", 5)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert startup.startup(*args, time_limit_s=5) == {"failed": "no first step within 5 s"}
+
+
+def test_compiled_code_is_asked_for_twice_from_one_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def ask(request, environment, limit):
+        seen.append(environment["TORCHINDUCTOR_CACHE_DIR"])
+        assert Path(request["folder"]).is_dir() and environment["XDG_CACHE_HOME"] != environment["HF_HOME"]
+        return {"first_step_s": 40.0 / len(seen)}
+
+    monkeypatch.setattr(startup, "_ask", ask)
+    provider = Provider("x", lambda of, dtype: None, compiles=True)
+    found = startup.startup(provider, "float32", unet(TINY), SCHEDULE, 2, CPU)
+    assert found == {"first_step_s": 40.0, "cached_first_step_s": 20.0} and len(set(seen)) == 1
+
+
+def test_reasons_for_not_being_available() -> None:
+    known = providers.providers()
+    cuda = torch.device("cuda")
+    assert known["openvino"].missing(cuda, torch.float32) == "runs on cpu, not on cuda"
+    assert known["triton-loop"].missing(CPU, torch.float32) == "runs on cuda, not on cpu"
+    assert known["onnxruntime"].missing(CPU, torch.bfloat16) == "has no bfloat16"
+    later = Provider("later", lambda of, dtype: None, operations="no_such_set")
+    assert later.missing(CPU, torch.float32) == "this version has no ops.no_such_set()"
+    assert set(providers.default_names(CPU)) | set(providers.default_names(cuda)) <= set(known)
+    with pytest.raises(ValueError, match="no provider is called 'jax'; there are: reference, "):
+        chosen(["jax"])
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--batch 1 4 16 folder", "--batch 1,4,16 folder"),
+        ("folder --batch 1 4 --full", "folder --batch 1,4 --full"),
+        ("--providers cpu diffusers folder", "--providers cpu,diffusers folder"),
+        ("--providers cpu,winograd diffusers --batch 4", "--providers cpu,winograd,diffusers --batch 4"),
+        ("--dtype float32 bfloat16 --batch 2 8 3", "--dtype float32,bfloat16 --batch 2,8,3"),
+        ("--batch=1 4 16", "--batch=1,4,16"),
+        ("--batch --full 4", "--batch --full 4"),
+        ("--steps 5 6", "--steps 5 6"),
+        ("--providers nonsense cpu folder", "--providers nonsense,cpu folder"),
+    ],
+)
+def test_several_values_after_an_option(words: str, wanted: str) -> None:
+    assert cli_bench.joined(words.split(), cli_bench._takes_several()) == wanted.split()
+
+
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> int:
+    from ddpm_fast import cli
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        "ddpm_fast.roofline._SHAPES", {"copy": ([1], []), "gemm": ([(8, 8, 8)], []), "conv": ([(1, 8, 4)], [])}
+    )
+    monkeypatch.setattr("ddpm_fast.roofline.BUDGET_S", 0.0)
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0  # type: ignore[return-value]
+
+
+def test_the_command_writes_a_table_and_json(monkeypatch, tmp_path: Path, capsys) -> None:
+    df.save(tmp_path / "model", unet(TINY), SCHEDULE)
+    out = tmp_path / "found.json"
+    words = ["bench", str(tmp_path / "model"), "--batch", "1", "2", "--providers", "reference", "guided", "--dtype"]
+    words += ["float32", "--steps", "2", "--no-startup", "--budget", "0", "--out", str(out)]
+    assert command(monkeypatch, tmp_path, *words) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert [(r["batch"], r["provider"]) for r in found["rows"]] == [
+        (1, "reference"), (1, "guided"), (2, "reference"), (2, "guided"),
+    ]  # fmt: skip
+    assert "guided float32: has no float32" in shown and "batch 2" in shown
+    assert "copy" in shown and found["roofs"][0]["conv_flops_per_s"] > 0
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_a_wrong_set_of_ours_ends_with_exit_code_1(monkeypatch, tmp_path: Path, capsys) -> None:
+    right = ops.cpu()
+
+    def wrong(*args, **kwargs):
+        return right.attention(*args, **kwargs) * 1.1
+
+    monkeypatch.setattr(ops, "cpu", lambda: replace(right, attention=wrong))
+    df.save(tmp_path / "model", unet(TINY), SCHEDULE)
+    words = [str(tmp_path / "model"), "--batch", "1", "--providers", "cpu", "--dtype", "float32", "--no-startup"]
+    assert command(monkeypatch, tmp_path, "bench", *words, "--steps", "2") == 1
+    shown = capsys.readouterr().out
+    assert "cpu float32: WRONG, so no speed" in shown and "images/s" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "0"], "--batch must be whole numbers of at least 1; got '0'"),
+        (["--batch", "four"], "--batch must be whole numbers of at least 1; got 'four'"),
+        (["--providers", "jax"], "no provider is called 'jax'"),
+        (["--dtype", "float8"], "--dtype must be of float32, bfloat16, float16; got 'float8'"),
+        (["--clock", "sun"], "--clock must be wall, or on a CPU cpu; got 'sun'"),
+        (["--out", "x.txt"], "--out must be a .json file; got x.txt"),
+        (["--threads", "0"], "--threads must be at least 1; got 0"),
+        (["--steps", "0"], "--steps and --rounds must be at least 1"),
+    ],
+)
+def test_a_mistake_costs_one_line(monkeypatch, tmp_path: Path, capsys, words, message) -> None:
+    assert command(monkeypatch, tmp_path, "bench", *words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_roofs_by_the_command(monkeypatch, tmp_path: Path, capsys) -> None:
+    assert command(monkeypatch, tmp_path, "roofs", "--json", "--dtype", "float32") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["dtype"] == "float32" and found["copy_bytes_per_s"] > 0
+    assert command(monkeypatch, tmp_path, "roofs", "--dtype", "int8") == 2
+
+
+def test_a_network_without_a_file_has_random_weights_that_are_always_the_same() -> None:
+    a, b = (cli_bench._checkpoint("tiny", None, {"sample_size": 8}) for _ in range(2))
+    assert a.source == "tiny (random weights)" and a.model.config.sample_size == 8
+    x = normal(1, 3, 8, 8)
+    assert torch.equal(a.model(x, 3), b.model(x, 3)) and float(a.model(x, 3).detach().abs().max()) > 0

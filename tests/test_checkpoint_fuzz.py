@@ -1,4 +1,7 @@
-"""Damaged state dicts of the other families: each loads whole, or is refused in one line. 600 reproducible cases."""
+"""Damaged state dicts of the other families: each loads whole, or is refused in one line.
+
+These are 400 of the 10,000 reproducible cases that test_reader_fuzz.py counts.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def damaged(state: dict[str, Tensor], rng: random.Random) -> dict[str, Any]:
 def test_whole_or_refused_in_one_line(name: str) -> None:
     state, overrides, load = FAMILIES[name]
     path, refusals = Path("weights.pt"), 0
-    for seed in range(300):
+    for seed in range(200):
         content = damaged(state, random.Random(seed))
         try:
             found = Found("weights.pt", path, unwrap(content, path), overrides=overrides)
@@ -71,4 +74,4 @@ def test_whole_or_refused_in_one_line(name: str) -> None:
             assert "\n" not in str(error) and len(str(error)) > 20, seed
             continue
         assert checkpoint is None or all(bool(p.isfinite().all()) for p in checkpoint.model.parameters()), seed
-    assert refusals > 250
+    assert refusals > 170

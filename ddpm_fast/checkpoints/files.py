@@ -8,7 +8,9 @@ it makes a NaN or an infinity.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -77,11 +79,11 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 def _head(path: Path) -> tuple[bytes, int]:
     """The first bytes and the size of a regular, readable file that is no git-lfs pointer."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file")
     try:
+        if not path.exists():  # raises for a name that no file can have
+            raise CheckpointError(f"{path} does not exist")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file")
         with open(path, "rb") as stream:
             head = stream.read(64)
     except OSError as error:
@@ -179,9 +181,25 @@ def read_pickle(path: Path) -> Any:
     if is_zip:
         _check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if is_zip:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with _Bounded(io.FileIO(path)) as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise CheckpointError(f"{path} is damaged: it claims more memory than there is") from None
         raise CheckpointError(_refusal(path, error)) from None
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more is asked than it has: a length in a pickle is believed before it is read."""
+
+    def __init__(self, raw: io.FileIO):
+        super().__init__(raw)
+        self._size = os.fstat(raw.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(-1 if size is None or size < 0 else min(size, max(self._size - self.tell(), 0)))
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -252,7 +270,11 @@ def shard_path(index: Path, name: str) -> Path:
         raise CheckpointError(f"{index} names {name!r}; a shard must be a weights file beneath the index's folder")
     folder, path = index.parent.resolve(), index.parent / name
     roots = [folder] + [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links, a name that no file can have
+        raise CheckpointError(f"{index} names {name!r}, which cannot be found: {first_line(error)}") from None
+    if not any(target.is_relative_to(root) for root in roots):
         raise CheckpointError(f"{index} names {name!r}, a link that leads out of its folder")
     return path
 

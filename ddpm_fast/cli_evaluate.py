@@ -135,7 +135,9 @@ def evaluation_text(result: Any) -> str:
 
 def pair_text(report: Any) -> str:
     """For people."""
-    verdict = "can be told apart" if report.distinguishable else "cannot be told apart"
+    verdict = "cannot be told apart"
+    if report.distinguishable:
+        verdict = "can be told apart" + ("" if report.distinguishable_as_sets else ", but only image by image")
     psnr = "no difference" if report.psnr is None else f"PSNR {report.psnr:.1f} dB"
     low, high = report.interval
     noise = {
@@ -145,9 +147,11 @@ def pair_text(report: Any) -> str:
     }[report.same_noise]
     return "\n".join(
         [
-            f"the sets {verdict} by {report.pairs:,} pairs (p = {report.p_value:.4f}; below 0.05 would say so)",
-            f"KID x 1000  {1000 * report.kid:.5f}, 95 % of resamples in {1000 * low:.5f} .. {1000 * high:.5f}",
-            f"  above {1000 * report.threshold:.5f} it would have been seen (random swaps exceed that in 5 %)",
+            f"the sets {verdict}: {report.pairs:,} pairs, p = {report.p_value:.4f}; "
+            f"without noise in common p = {report.unpaired_p_value:.4f} (below 0.05 tells them apart)",
+            f"KID x 1000  {1000 * report.kid:.5f}, 95 % of resamples in {1000 * low:.5f} .. {1000 * high:.5f}; "
+            f"above {1000 * report.threshold:.5f} it tells them apart",
+            f"  without noise in common {1000 * report.unpaired_kid:.5f}; above {1000 * report.unpaired_threshold:.5f}",
             f"pairs: {noise}; {report.identical:,} equal in every byte; "
             f"mean difference {report.pixel_error:.3f} of 255, {psnr}",
         ]

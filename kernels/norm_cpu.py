@@ -77,7 +77,7 @@ def _rows(table: Tensor | None, row: Tensor | None, n: int) -> Tensor | None:
     """The row of each image: [N, C], float32."""
     if table is None:
         return None
-    return (table if row is None else table.index_select(0, row[:1])).float().expand(n, -1)
+    return (table if row is None else table.index_select(0, row[:1])).float().expand(n, -1).contiguous()
 
 
 def _normalise(
@@ -95,25 +95,24 @@ def _normalise(
     n, channels, h, w = x.shape
     width = channels // groups
     pixels = x.permute(0, 2, 3, 1).view(n, h * w, channels)
-    mean = pixels.mean(1)
+    mean = pixels.mean(1).double()  # what follows is small, and where means are large each rounding would show
     if before is not None:
-        mean = mean + before
-    centre = mean.view(n, groups, width).mean(2, keepdim=True)
-    centres = centre.expand(n, groups, width)
+        mean += before
+    centre = mean.view(n, groups, width).mean(2, keepdim=True).expand(n, groups, width)
     if before is not None:  # what x itself is centred by, channel by channel
-        centres = centres - before.reshape(n, groups, width)
-    squares = F.mse_loss(pixels, centres.reshape(n, 1, channels).expand_as(pixels), reduction="none")
-    factor = squares.mean(1).view(n, groups, width).mean(2, keepdim=True).add_(eps).rsqrt_()
+        centre = centre - before.view(n, groups, width)
+    squares = F.mse_loss(pixels, centre.float().reshape(n, 1, channels).expand_as(pixels), reduction="none")
+    factor = squares.mean(1).view(n, groups, width).mean(2, keepdim=True).double().add_(eps).rsqrt_()
     del squares
-    factor = factor.expand(n, groups, width) if weight is None else factor * weight.float().view(groups, width)
-    none = factor.new_zeros(()) if bias is None else bias.float().view(groups, width)
-    summand = torch.addcmul(none, centres, factor, value=-1)
+    factor = factor.expand(n, groups, width) if weight is None else factor * weight.view(groups, width)
+    beside = factor.new_zeros(()) if bias is None else bias.double().view(groups, width)
+    summand = torch.addcmul(beside, centre, factor, value=-1)
     factor, summand = factor.reshape(n, 1, channels), summand.view(n, 1, channels)
     if after is not None:
-        scale, shift = after[:, None].chunk(2, dim=2)
+        scale, shift = after[:, None].double().chunk(2, dim=2)
         factor, summand = factor * (1 + scale), torch.addcmul(shift, summand, 1 + scale)
     y = out.permute(0, 2, 3, 1).view(n, h * w, channels)
-    torch.addcmul(summand, pixels, factor, out=y)
+    torch.addcmul(summand.float(), pixels, factor.float(), out=y)
     if act in ("silu", "swish"):
         F.silu(out, inplace=True)
     elif act != "none":

@@ -328,11 +328,13 @@ def test_freed_memory_is_kept_where_there_is_glibc(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_large_map_keeps_its_pages():
-    """Freed and asked for again, 64 MB are faulted in once, not twice."""
+    """Freed and asked for again, 64 MB soon cost no page faults; as glibc is made, 16,384 each time."""
     resource = pytest.importorskip("resource")
     if not host_memory.keep_freed_memory():
         pytest.skip("no glibc")
-    torch.zeros(16 << 20)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+    faults = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 1000

@@ -60,16 +60,18 @@ class HostClock:
 class CudaClock:
     """Events on the current stream. ``cuda``: torch.cuda, or a stand-in.
 
-    Before a step the stream is kept waiting for about as long as the host took to launch the last one: then an
-    operation's time is what the GPU needs, and not how fast Python is.
+    Before a step the stream is kept waiting for about as long as the host takes to launch one: then an operation's
+    time is what the GPU needs, and not how fast Python is. How long that is, the second step says: the first may
+    compile, and from the third on the host may itself wait for the stream, where its queue is full.
     """
 
     CYCLES_A_SECOND = 2e9  # of torch.cuda._sleep, at least: the GPU's clock is below this
+    LONGEST_S = 0.5  # that the stream is kept waiting
 
     def __init__(self, device: torch.device, cuda: Any = None):
         self.device, self.cuda = device, torch.cuda if cuda is None else cuda
         self._launching_s = 0.0
-        self._began: float | None = None
+        self._began, self._timed = 0.0, 0
         self.cuda.synchronize(device)
         self._origin, self._origin_s = self.mark(), time.perf_counter()
 
@@ -85,8 +87,9 @@ class CudaClock:
         self._began = time.perf_counter()
 
     def since(self, origin: Mark, marks: list[Mark]) -> list[float]:
-        if self._began is not None:
-            self._launching_s, self._began = time.perf_counter() - self._began, None
+        self._timed += 1
+        if self._timed == 2:
+            self._launching_s = min(time.perf_counter() - self._began, self.LONGEST_S)
         self.cuda.synchronize(self.device)
         return [origin.elapsed_time(mark) / 1e3 for mark in marks]
 

@@ -214,10 +214,11 @@ sorts by its column, and an operation opens into its layers.</p>
 def _row(row: Row) -> str:
     line, text = row.line, cells(row)
     name = f'<span class="op {kind_class(line.operation)}"><i></i>{escape(line.operation)}</span>'
-    if row.layers:
-        count = f"{len(row.layers)} layer{'s' * (len(row.layers) != 1)}"
+    if len(row.layers) == 1:
+        name += f' <span class="layer">{escape(row.layers[0])}</span>'
+    elif row.layers:
         layers = "<br>".join(escape(layer) for layer in row.layers)
-        name = f"<details><summary>{name} <span>{count}</span></summary>{layers}</details>"
+        name = f"<details><summary>{name} <span>{len(row.layers)} layers</span></summary><div>{layers}</div></details>"
     what = _times(f"{escape(line.input)} \u2192 {escape(line.output)}")
     detail = _times(escape(line.detail))
     numbers: list[tuple[Any, str, bool]] = [

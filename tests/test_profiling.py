@@ -332,14 +332,13 @@ def test_cuda_events_give_seconds_and_launches_run_ahead(monkeypatch: pytest.Mon
     cuda, now = FakeCuda(), [50.0]
     monkeypatch.setattr("ddpm_fast.profiling_probe.time.perf_counter", lambda: now[0])
     clock = CudaClock(torch.device("cuda"), cuda)
-    clock.ready()
-    assert cuda.slept == []  # nothing is known yet of how long launching takes
-    start, a, b = clock.mark(), clock.mark(), clock.mark()
-    now[0] += 0.25
-    assert clock.since(start, [a, b]) == pytest.approx([0.005, 0.010])
-    assert clock.when(start) == pytest.approx(50.005)
-    clock.ready()
-    assert cuda.slept == [int(1.2 * 0.25 * CudaClock.CYCLES_A_SECOND)] and cuda.syncs >= 3
+    for host_s in (7.0, 0.25, 3.0, 0.01):  # with compilation, without, and where the host waits for the stream
+        clock.ready()
+        start, a, b = clock.mark(), clock.mark(), clock.mark()
+        now[0] += host_s
+        assert clock.since(start, [a, b]) == pytest.approx([0.005, 0.010])
+    assert cuda.slept == [int(1.2 * 0.25 * CudaClock.CYCLES_A_SECOND)] * 2 and cuda.syncs >= 8
+    assert clock.when(start) == pytest.approx(50 + 0.005 * 10)  # the tenth event after the clock's own
 
 
 def test_the_host_s_clock_waits_for_the_device():

@@ -59,6 +59,9 @@ class UNetConfig:
     time_proj_channels: int | None = None  # of the sinusoid; None: block_out_channels[0]; not upstream's
 
     def __post_init__(self) -> None:
+        for name in ("downsample_type", "upsample_type"):
+            if getattr(self, name) is None:  # upstream takes null for its default
+                object.__setattr__(self, name, "conv")
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)):

@@ -46,6 +46,15 @@ CONFIGS = {
     "attn_resnet": {**TINY, "down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "downsample_type": "resnet"},
     "no_mid": {**TINY, "mid_block_type": None},
     "no_mid_attention": {**TINY, "add_attention": False, "layers_per_block": 2, "time_embedding_dim": 24},
+    "ncsnpp": {
+        **TINY,
+        "block_out_channels": (8, 32),
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        "up_block_types": ("SkipUpBlock2D", "SkipUpBlock2D"),
+        "time_embedding_type": "fourier",
+        "norm_num_groups": None,
+        "mid_block_scale_factor": 2**0.5,
+    },
     "gray": {**TINY, "in_channels": 1, "out_channels": 1, "act_fn": "gelu", "center_input_sample": True},
 }
 # What test a wrong but loadable setting fails: outputs differ by far more than 1e-5 of their RMS (CHECKPOINTS, 6).
@@ -308,7 +317,13 @@ def test_old_scheduler_names(old: dict[str, Any], expected: Schedule, tmp_path: 
 # --- presets and overrides ---
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def test_skip_blocks_need_their_config(tmp_path: Path) -> None:
+    torch.save(theirs(CONFIGS["ncsnpp"]).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"NCSN\+\+'s Skip blocks, .*; put the model's config\.json beside"):
+        load(tmp_path / "weights.pt", preset="google")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "ncsnpp"])
 def test_shapes_and_a_preset_rebuild_the_model(name: str, tmp_path: Path) -> None:
     """Weights alone: the shapes tell the rest of the config, the preset what they do not, overrides the odd ones."""
     config = CONFIGS[name]

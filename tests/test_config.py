@@ -140,6 +140,10 @@ def test_groups_divide_every_level_and_so_every_concatenation():
         UNetConfig(**{**values, "norm_num_groups": 8})
 
 
+def test_null_resampling_is_a_convolution_as_upstream_has_it():
+    assert UNetConfig(**{**TINY, "downsample_type": None, "upsample_type": None}) == UNetConfig(**TINY)
+
+
 SKIPS = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
 
 

@@ -236,6 +236,7 @@ def test_a_diffusers_model_that_fits_becomes_openai_s(tmp_path: Path) -> None:
         ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "attention at the same levels on both sides"),
         ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}, "this model mixes them"),
         ({"attention_head_dim": 24}, "24 does not divide 64"),
+        ({"down_block_types": ("SkipDownBlock2D", "DownBlock2D")}, r"has no SkipDownBlock2D \(NCSN"),
     ],
 )
 def test_what_openai_cannot_express(changed: dict[str, Any], match: str, tmp_path: Path) -> None:

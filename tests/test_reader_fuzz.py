@@ -318,6 +318,7 @@ def test_damaged_zips(tmp_path: Path, trap: Path) -> None:
     cases("damaged zips", check)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_inside_sound_zips(tmp_path: Path, trap: Path) -> None:
     """The checksums are right, so that the unpickler meets every change."""
     members = []

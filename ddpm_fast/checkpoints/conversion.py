@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import UNetConfig
+from ..config import SKIP_DOWN, SKIP_UP, UNetConfig
 from ..schedule import Schedule
 from ..train_state import write_atomically
 from ..unet import UNet, sinusoid
@@ -109,6 +109,9 @@ def structure_of_config(config: UNetConfig) -> tuple[Structure, Heads]:
             raise CheckpointError(
                 f"OpenAI's U-Net has no such {name}: {value!r}, where it has {' or '.join(map(repr, allowed))}"
             )
+    skips = sorted({*SKIP_DOWN, *SKIP_UP} & {*config.down_block_types, *config.up_block_types})
+    if skips:
+        raise CheckpointError(f"OpenAI's U-Net has no {skips[0]} (NCSN++)")
     up_types = config.up_block_types[::-1]
     attention = tuple(kind.startswith("Attn") for kind in config.down_block_types)
     if attention != tuple(kind.startswith("Attn") for kind in up_types):

@@ -46,7 +46,10 @@ def config_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if any(".resnet_down." in n or ".skip_conv." in n for n in shapes):
-        raise CheckpointError("the state dict has NCSN++ skip blocks, which are not supported yet")
+        raise CheckpointError(
+            "the state dict has NCSN++'s Skip blocks, of which shapes do not tell the last on either side; put the "
+            "model's config.json beside the file"
+        )
     levels = 1 + max(int(m[1]) for m in (re.match(r"down_blocks\.(\d+)\.", n) for n in shapes) if m)
     down = "down_blocks.0.resnets"
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]

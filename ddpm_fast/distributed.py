@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .meeting import fresh_store
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # how long one process may be busy alone (drawing samples, say) while others wait
 
@@ -152,7 +154,8 @@ def join(device: torch.device | str = "cpu") -> Iterator[World]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = fresh_store(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     group = None
     try:
         if dist.get_world_size() > 1:

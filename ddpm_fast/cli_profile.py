@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ def profile(
     device: Device = None,
     graph: Annotated[str, typer.Option(help="Of the run in which a GPU is watched.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Of that run, at least.")] = 4.0,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the roofs anew.")] = False,
     html: Annotated[Path | None, typer.Option(help="One self-contained page.", metavar="FILE")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="All numbers.", metavar="FILE")] = None,
     trace: Annotated[Path | None, typer.Option(help="For ui.perfetto.dev or chrome://tracing.", metavar="FILE")] = None,
@@ -28,7 +30,7 @@ def profile(
     settings: Settings = None,
 ) -> None:
     """Time every operation of a step against this device's measured roofs, largest gap first."""
-    from . import report
+    from . import report, roofline
     from .checkpoints import load
     from .images import make_folder
     from .profiling import profile as measure
@@ -57,6 +59,7 @@ def profile(
         ops=ops,
         graph=graph,
         seconds=seconds,
+        find_roofs=partial(roofline.roofs, refresh=refresh),
         title=checkpoint.source if source else f"{Path(checkpoint.source).name}, the bundled model",
         command=["ddpm-fast", *(shlex.quote(word) for word in sys.argv[1:])],
     )

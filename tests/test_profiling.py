@@ -380,9 +380,22 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: object) -> tuple[i
 
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(profile, "__kwdefaults__", {**(profile.__kwdefaults__ or {}), "find_roofs": roofs})
+    monkeypatch.setattr("ddpm_fast.roofline.roofs", lambda device, dtype, refresh: roofs(device, dtype))
     df.save(tmp_path / "model", unet(TINY), SCHEDULE)
     return tmp_path / "model"
+
+
+def test_roofs_are_measured_anew_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    asked: list[bool] = []
+
+    def find(device: torch.device, dtype: torch.dtype, refresh: bool) -> Any:
+        asked.append(refresh)
+        return roofs(device, dtype)
+
+    monkeypatch.setattr("ddpm_fast.roofline.roofs", find)
+    for words in ((), ("--refresh",)):
+        assert run(monkeypatch, capsys, saved, "--batch", 1, "--steps", 1, "--device", "cpu", *words)[0] == 0
+    assert asked == [False, True]
 
 
 def test_the_command(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):

@@ -78,6 +78,8 @@ def weights(net: Net, seed: int = 0, gain: float = 1.0) -> dict[str, Tensor]:
         put(f"{name}.mlp.1", 2 * cout, 4 * net.dim)
         for block, c in (("block1", cin), ("block2", cout)):
             put(f"{name}.{block}.proj", cout, c, 3, 3)
+            if net.standardise:  # whose variance is below the eps
+                sd[f"{name}.{block}.proj.weight"][0] *= 0.01
             if net.groups:
                 sd[f"{name}.{block}.norm.weight"] = 1 + 0.3 * randn(cout)
                 sd[f"{name}.{block}.norm.bias"] = 0.3 * randn(cout)

@@ -179,6 +179,21 @@ def test_a_trainer_s_file(tmp_path: Path) -> None:
         load(path, preset="2.0.0")
 
 
+def test_the_recorded_version(tmp_path: Path) -> None:
+    """Old networks need it, newer ones may have a fork's."""
+    diffusion = Diffusion(betas("sigmoid", 20), "pred_v")
+    for text in ("2.3.4", "0.0.9", "main"):
+        assert load(stored(tmp_path, trainer_file(Net(), diffusion, version=text))).model.config.num_mem_kv == 4
+    path = stored(tmp_path, trainer_file(NETS["1.7.4"], diffusion, version="2.0.0"))
+    with pytest.raises(
+        CheckpointError, match=r"the version 2\.0\.0 that the file records does not fit .*--preset VERSION"
+    ):
+        load(path)
+    checkpoint = load(path, preset="1.7.4")
+    assert error(checkpoint.model, NETS["1.7.4"], weights(NETS["1.7.4"])) <= TOLERANCE
+    assert any("the file records version 2.0.0; the preset's is used" in note for note in checkpoint.notes)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "denoise_fn.", "module.model.", "ema_model.model.", "unet."])
 def test_wrappers_of_a_state_dict(prefix: str, tmp_path: Path) -> None:
     net = Net()
@@ -261,7 +276,7 @@ LOOPS: dict[str, tuple[Net, str, int | None, float]] = {
     "x0_gray": (Net(channels=1), "pred_x0", None, 0.0),
     "v": (Net(), "pred_v", None, 0.0),
     "self_condition": (Net(self_condition=True), "pred_v", None, 0.0),
-    "self_condition_1.7.0": (NETS["1.7.0"], "pred_noise", None, 0.0),
+    "self_condition_1.7.0": (NETS["1.7.0"], "pred_v", None, 0.0),
     "learned": (Net(channels=2, out=4), "pred_noise", None, 0.0),
     "ddim_noise": (Net(), "pred_noise", 7, 0.0),
     "ddim_v_eta": (Net(), "pred_v", 11, 0.6),
@@ -282,14 +297,14 @@ def chain(name: str, tmp_path: Path) -> tuple[Checkpoint, list[Tensor], int | No
     diffusion = Diffusion(betas("sigmoid", 25), objective, learned=learned)
     kwargs = {"gain": 0.4}  # so that the chain is not chaotic
     path = stored(tmp_path, trainer_file(net, diffusion, version="1.7.0", **kwargs))
-    sd = weights(net, **kwargs)
+    sd = {name: value.double() for name, value in weights(net, **kwargs).items()}
     g, shape = torch.Generator().manual_seed(5), (2, net.channels, SIZE, SIZE)
 
     def draw() -> Tensor:
         return torch.randn(shape, generator=g)
 
     def network(x: Tensor, t: Tensor, before: Tensor | None) -> Tensor:
-        return forward(net, sd, x, t, before)
+        return forward(net, sd, x.double(), t, None if before is None else before.double()).float()
 
     loop = diffusion.ddpm(network, shape, draw) if steps is None else diffusion.ddim(network, shape, draw, steps, eta)
     overrides = {"image_size": SIZE} | ({"learned_variance": True} if learned else {})

@@ -18,7 +18,7 @@ from .layout import CONFIG
 from .lucidrains_layout import Parts, inferred, split, versions
 from .lucidrains_schedule import OBJECTIVES, SCHEDULES, betas_of, named_betas, objective_of
 from .lucidrains_unet import LucidrainsConfig, LucidrainsUnet
-from .lucidrains_versions import FLAT, LAST, PACKAGE, SPANS, Version, arithmetic, defaults, version
+from .lucidrains_versions import FLAT, LAST, PACKAGE, SPANS, Version, arithmetic, defaults, is_version, version
 
 MAX_TIMESTEPS = 1_000_000
 
@@ -99,6 +99,8 @@ class _Settings:
     def _version(self) -> Version | None:
         first, end = versions(self.shapes, self.parts.nested)
         named, saved = self.found.preset, self.found.recorded.get("version")
+        if not self.parts.nested and saved is not None and not is_version(saved):
+            saved = None  # a fork's; nothing depends on it
         text = named if named is not None else saved
         if text is None:
             if not self.parts.nested:
@@ -112,12 +114,15 @@ class _Settings:
         chosen = version(text)
         how = f"preset {named!r}" if named is not None else f"the version {saved} that the file records"
         if not first <= chosen < end:
+            if named is None and not self.parts.nested:  # a fork's own number; nothing depends on it
+                self.notes.append(f"{how} is not one of this network; it is not used")
+                return None
             span = f"{first} or later" if end == LAST else f"{first} to before {end}"
             raise CheckpointError(
                 f"{how} does not fit {self.found.weights}, whose network is as in {span}"
                 + ("" if named is not None else "; name the right one as a preset (--preset VERSION)")
             )
-        if named is not None and saved is not None and version(saved) != chosen:
+        if named is not None and saved is not None and saved != str(chosen):
             self.notes.append(f"the file records version {saved}; the preset's is used")
         return chosen
 

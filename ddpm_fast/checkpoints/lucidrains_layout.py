@@ -14,13 +14,14 @@ from .lucidrains_versions import FIRST, FLAT, LAST, MEMORY, RMS_BLOCKS, UNSHUFFL
 
 Shapes = Mapping[str, tuple[int, ...]]
 _FIRST_TENSOR = "init_conv.weight"
+_BUFFERS = ("betas", "alphas_cumprod", "loss_weight")  # all that is told; the others follow from them
 
 
 class Parts(NamedTuple):
     """A file's tensors by what they are, names without prefixes."""
 
     network: dict[str, Tensor]  # under the names of 2.x
-    buffers: dict[str, Tensor]  # of GaussianDiffusion: betas, loss_weight ...
+    buffers: dict[str, Tensor]  # of GaussianDiffusion: betas, and of _BUFFERS what it has
     nested: bool  # names of before 1.8.0
     note: str | None  # which of several networks was chosen
     wrapped: bool  # by a diffusion class, so that missing buffers say which
@@ -59,8 +60,10 @@ def split(tensors: Mapping[str, Tensor], path: Path) -> Parts:
     place = next((p for p in places if wrapped and f"{p}betas" in tensors), None)
     buffers = {}
     if place is not None:
-        rest = ((name.removeprefix(place), t) for name, t in tensors.items() if name.startswith(place))
-        buffers = {name: t for name, t in rest if "." not in name and t.ndim == 1}
+        buffers = {name: tensors[place + name] for name in _BUFFERS if place + name in tensors}
+        odd = [name for name, t in buffers.items() if t.ndim != 1]
+        if odd:
+            raise CheckpointError(f"{path} is a lucidrains checkpoint, but its {odd[0]} is no list of numbers")
     return Parts({_current(name): t for name, t in network.items()}, buffers, nested, note, wrapped)
 
 
@@ -122,11 +125,14 @@ def _fields(shapes: Shapes) -> dict[str, Any]:
     channels = out_dim if self_condition else inputs
     if out_dim not in (channels, 2 * channels):
         raise ValueError(f"{inputs} channels in and {out_dim} out, which GaussianDiffusion does not take")
+    dim = shapes["time_mlp.3.weight"][0] // 4
+    if dim < 4:
+        raise ValueError(f"dim={dim}")
     downs = [shapes[f"downs.{i}.0.block1.proj.weight"][0] for i in range(levels)]
     attentions = [f"downs.{i}.2" for i in range(levels)] + ["mid_attn"]
     frequencies = shapes.get("time_mlp.0.weights")
     fields: dict[str, Any] = {
-        "dim": shapes["time_mlp.3.weight"][0] // 4,
+        "dim": dim,
         "init_dim": init_dim,
         "widths": (*downs[1:], shapes["mid_block1.block1.proj.weight"][0]),
         "channels": channels,

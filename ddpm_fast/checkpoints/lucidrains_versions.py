@@ -25,9 +25,16 @@ class Version(NamedTuple):
         return f"{self.major}.{self.minor}.{self.patch}"
 
 
+_VERSION = re.compile(rf"(?:{PACKAGE}[-=@ ]*)?v?(\d{{1,3}})\.(\d{{1,3}})(?:\.(\d{{1,3}}))?")
+
+
+def is_version(text: str) -> bool:
+    return _VERSION.fullmatch(text.strip()) is not None
+
+
 def version(text: str) -> Version:
     """Of "1.7.1", with the package's name or a v before it at will. CheckpointError for anything else."""
-    match = re.fullmatch(rf"(?:{PACKAGE}[-=@ ]*)?v?(\d{{1,3}})\.(\d{{1,3}})(?:\.(\d{{1,3}}))?", text.strip())
+    match = _VERSION.fullmatch(text.strip())
     if match is None:
         raise CheckpointError(
             f"a preset for a lucidrains checkpoint is the version of {PACKAGE} that trained it, like 1.7.1; "

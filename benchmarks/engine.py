@@ -4,26 +4,24 @@
     python -m benchmarks.engine --preset-model tiny --batch 1 --batch 4 --dtype float32 --steps 3   # on a CPU
 
 Weights are random: speed does not depend on them. The house rule, graph against eager and batch 1 against batch n
-come first; where one is broken the error is written and no speed is. Variants take turns, and what is reported is
-the median of a step's time, so images/s is an extrapolation to the whole chain, but for --full. `make gpu` runs it.
+come first; where one is broken the error is written and no speed is. Variants take turns in `benchmarking.timing`'s
+harness, and what is reported is the median of a step's time, so images/s is an extrapolation to the whole chain, but
+for --full. `make gpu` runs it. `ddpm-fast bench` compares with more of other people's software, and on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_fast.benchmarking.environment import environment
+from ddpm_fast.benchmarking.providers import Case, chosen
+from ddpm_fast.benchmarking.timing import clock_for, compare
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.presets import PRESETS
@@ -33,31 +31,6 @@ from ddpm_fast.unet import UNet
 from ddpm_fast.verification import Report, verify
 
 GRAPHS = ("none", "step", "chunk", "loop")
-
-
-def environment() -> dict[str, Any]:
-    """Device, versions, commit and command: what every speed is reported with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
-    facts: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit + ("+changes" if dirty.strip() else ""),
-        "command": " ".join(["python -m benchmarks.engine", *sys.argv[1:]]),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties(0)
-        facts |= {"device": p.name, "capability": f"sm_{p.major}{p.minor}", "cuda": torch.version.cuda}
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
-        facts["triton"] = None
-    return facts
 
 
 def checkpoint(preset: str) -> Checkpoint:
@@ -77,36 +50,6 @@ def verdict(report: Report) -> dict[str, Any]:
     }
 
 
-class Timer:
-    """Milliseconds of a call, by CUDA events or the clock."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            began = time.perf_counter()
-            run()
-            return (time.perf_counter() - began) * 1e3
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
-
-
-def interleaved(variants: dict[str, Callable[[], object]], timer: Timer, rounds: int, calls: int) -> dict[str, float]:
-    """Median ms a step of each variant, whose call makes ``calls`` steps; they take turns, after one unmeasured."""
-    for run in variants.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            times[name].append(timer(run) / calls)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def sampling(ckpt: Checkpoint, graph: str, batch: int, args: argparse.Namespace) -> Callable[[], object]:
     """A call that runs a chain of ``args.steps`` steps, x_T included."""
     sampler = Sampler(
@@ -122,27 +65,13 @@ def sampling(ckpt: Checkpoint, graph: str, batch: int, args: argparse.Namespace)
 
 
 def compiled(ckpt: Checkpoint, batch: int, args: argparse.Namespace) -> Callable[[], object] | None:
-    """diffusers' U-Net as fast as torch makes it: channels_last, max-autotune, graphs. None without diffusers."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
+    """diffusers' U-Net as fast as torch makes it (`benchmarking.peers`), in its own loop. None without diffusers."""
+    (provider,) = chosen(["diffusers-compile"])
+    dtype = DTYPES[args.dtype]
+    if provider.missing(args.device, dtype) is not None:
         return None
-    c, dtype = ckpt.model.config, DTYPES[args.dtype]
-    net = UNet2DModel(**c.to_dict()).eval()
-    net.load_state_dict(ckpt.model.state_dict())
-    net = net.to(args.device, dtype).to(memory_format=torch.channels_last)
-    run = torch.compile(net, mode="max-autotune" if args.device.type == "cuda" else "default", fullgraph=True)
-    assert c.image_size is not None
-    x = torch.randn(batch, c.in_channels, *c.image_size, device=args.device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    t = torch.full((batch,), 500, device=args.device)
-
-    @torch.inference_mode()
-    def steps() -> None:
-        for _ in range(args.steps):
-            run(x, t)
-
-    return steps
+    made = provider.make(Case(ckpt.model, ckpt.schedule, batch, args.steps, args.device), dtype)
+    return lambda: made.chain(0)
 
 
 def launches_a_step(ckpt: Checkpoint, batch: int, args: argparse.Namespace) -> int | None:
@@ -170,7 +99,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ckpt = checkpoint(args.preset_model)
     report = verify(ckpt, DTYPES[args.dtype], device=args.device, n=2, steps=min(args.steps, 20), probes=4)
     found: dict[str, Any] = {
-        "environment": environment(),
+        "environment": environment(args.device),
         "model": args.preset_model,
         "dtype": args.dtype,
         "ops": report.ops,
@@ -181,13 +110,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     if not report.ok:
         return found
-    timer, graphs = Timer(args.device), GRAPHS if args.device.type == "cuda" else ("none",)
+    graphs = GRAPHS if args.device.type == "cuda" else ("none",)
     for batch in args.batch:
         variants: dict[str, Callable[[], object]] = {g: sampling(ckpt, g, batch, args) for g in graphs}
         baseline = compiled(ckpt, batch, args) if args.compiled else None
         if baseline is not None:
             variants["torch.compile"] = baseline
-        ms = interleaved(variants, timer, args.rounds, args.steps)
+        rounds = (args.rounds, args.rounds)
+        timed = compare(variants, clock=clock_for(args.device), rounds=rounds, repeat=False)
+        ms = {name: timed[name].median_ms / args.steps for name in variants}
         fastest = min((m, g) for g, m in ms.items() if g in graphs)
         row = {
             "batch": batch,
@@ -212,8 +143,8 @@ def table(found: dict[str, Any]) -> str:
     """The rows for a person."""
     check, env = found["check"], found["environment"]
     lines = [
-        f"{found['model']}, {found['dtype']}, ops={found['ops']}, {env['device']}, torch {env['torch']}, "
-        f"commit {env['commit'][:12]}",
+        f"{found['model']}, {found['dtype']}, ops={found['ops']}, {env['device']}, torch {env['versions']['torch']}, "
+        f"commit {(env['commit'] or 'unknown')[:12]}",
         f"house rule {'holds' if check['ok'] else 'BROKEN'}: largest {check['largest']:.3g}, rms {check['rms']:.3g}; "
         + (", ".join(f"{k}: {'equal' if v else 'DIFFERENT'}" for k, v in check["exact"].items()) or "nothing bitwise"),
     ]

@@ -147,7 +147,7 @@ def roofs(
         str | None, typer.Option(metavar="NAME,...", help="Default: float32 and bfloat16; on a GPU float16 too.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: as torch has it.")] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again; the higher counts.")] = False,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

@@ -12,7 +12,6 @@ pytest.importorskip("benchmarks.engine", reason="benchmarks/ is not part of the 
 
 from benchmarks import engine
 from ddpm_fast import ops
-from ddpm_fast.kernels import reference
 
 WORDS = ["--preset-model", "tiny", "--batch", "1", "--batch", "2", "--dtype", "float32", "--steps", "2"]
 
@@ -22,7 +21,7 @@ def test_rows_follow_from_the_times(tmp_path: Path, capsys: pytest.CaptureFixtur
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
     assert found["check"]["ok"] and 0 < found["check"]["largest"] < 1e-4
-    assert found["environment"]["torch"] == torch.__version__ and found["environment"]["device"]
+    assert found["environment"]["versions"]["torch"] == torch.__version__ and found["environment"]["device"]
     for row, batch in zip(found["rows"], (1, 2), strict=True):
         ms = row["ms_a_step"]["none"]
         assert (row["batch"], row["best_graph"], row["extrapolated"]) == (batch, "none", True)
@@ -33,26 +32,26 @@ def test_rows_follow_from_the_times(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_no_speed_of_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from dataclasses import replace
 
-    right = ops.reference()
+    right = ops.cpu()
 
     def wrong(*args, **kwargs):
         return right.conv(*args, **kwargs) * 1.01
 
-    monkeypatch.setattr("ddpm_fast.sampler.ops_module.reference", lambda: replace(right, name="wrong", conv=wrong))
+    monkeypatch.setattr("ddpm_fast.ops.cpu", lambda: replace(right, name="wrong", conv=wrong))
     assert engine.main([*WORDS, "--rounds", "1", "--no-compiled", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "house rule BROKEN" in out and "images/s" not in out
 
 
-def test_variants_take_turns_and_the_median_is_taken() -> None:
-    calls: list[str] = []
-    clock = iter([9.0, 1.0, 8.0, 5.0, 7.0, 30.0])
-    timed = engine.interleaved(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
-        lambda run: (run(), next(clock))[1],  # type: ignore[arg-type]
-        rounds=3,
-        calls=2,
-    )
-    assert calls == ["a", "b"] * 4
-    assert timed == {"a": 4.0, "b": 2.5}
-    assert reference.TABLE_WIDTH  # the package under test is the tree's
+def test_beside_diffusers_in_its_own_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a compiler's minutes: what torch.compile is given draws the chain, and the ratio is of the medians."""
+    pytest.importorskip("diffusers")
+    calls = []
+
+    def compile(module, **kwargs):
+        return lambda x, t: (calls.append(int(t)), module(x, t))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert engine.main([*WORDS[:4], "--dtype", "float32", "--steps", "2", "--rounds", "2", "--device", "cpu"]) == 0
+    assert calls == [500, 0] * 3  # one unmeasured, and two rounds
+    assert "torch.compile ms" in capsys.readouterr().out

@@ -86,10 +86,22 @@ def test_they_are_measured_once_for_each_device_dtype_threads_and_torch(tmp_path
     monkeypatch.setattr(torch, "__version__", "99.0")
     get()
     assert clock.asked > asked and len(json.loads(cache.read_text())) == 4
-    slower = Script(2.0)
-    again = roofline.roofs("cpu", torch.float32, True, cache, slower, 0.0)
-    assert again.gemm_flops_per_s == pytest.approx(first.gemm_flops_per_s / 2)  # refreshed, and kept:
-    assert get() == again
+
+
+@pytest.mark.usefixtures("small")
+def test_measured_again_the_higher_counts(tmp_path: Path) -> None:
+    """Another process, or a cold processor, can only lower a roof."""
+    cache = tmp_path / "roofs.json"
+
+    def get(ms: float, refresh: bool = True) -> Roofs:
+        return roofline.roofs("cpu", torch.float32, refresh, cache, Script(ms), 0.0)
+
+    first = get(2.0)
+    assert get(4.0) == first and get(1.0, refresh=False) == first
+    faster = get(1.0)
+    for name in roofline.RATES:
+        assert getattr(faster, name) == pytest.approx(2 * getattr(first, name))
+    assert get(8.0, refresh=False) == faster
 
 
 @pytest.mark.usefixtures("small")

@@ -1,8 +1,9 @@
 """Is a provider right? Held to float64 on single steps, and to the float32 reference over the trajectory that is timed.
 
 The house rule judges the network's outputs: error against float64 at most twice that of plain torch in the same
-dtype, as maximum and as RMS (`verification`); in float32, `FLOAT32_LIMITS` where that is more. Over a trajectory rounding compounds, so its limit only has to tell
-rounding from another computation: a loop with a wrong coefficient, without its noise, or with images exchanged.
+dtype, as maximum and as RMS (`verification`); in float32, `FLOAT32_LIMITS` where that is more. Over a trajectory
+rounding compounds, so its limit only has to tell rounding from another computation: a loop with a wrong coefficient,
+without its noise, or with images exchanged.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from torch import nn
 
 from . import compiled, ops_winograd
 from . import ops as ops_module
 from .ops import Ops
-from .unet import UNet
+from .unet import Attention, UNet
 
 NAMES = ("auto", "reference", "cpu", "winograd", "triton")
 # Work of a thread, in FLOPs of direct convolutions, from which compiling the transforms pays. That takes about 4 s, a
@@ -60,16 +61,36 @@ def for_cpu(flops: float, threads: int, dtype: torch.dtype, obstacle: str | None
 
 def flops_of_a_batch(model: UNet, image_shape: tuple[int, int, int], batch_size: int | None) -> float:
     """FLOPs of one step."""
-    from .inspection import model_cost
-
-    with torch.device("meta"):
-        ghost = UNet(model.config).eval()
-    cost = model_cost(ghost, *image_shape[1:])
+    flops = flops_of_an_image(model, *image_shape[1:])
     if batch_size is None:
         from .batching import fast_batch
 
-        batch_size = fast_batch(cost["flops"], cost["parameters"])
-    return float(batch_size * cost["flops"])
+        batch_size = fast_batch(flops, sum(p.numel() for p in model.parameters()))
+    return float(batch_size * flops)
+
+
+def flops_of_an_image(model: UNet, height: int, width: int) -> int:
+    """FLOPs of the convolutions and of attention, from names and shapes of the weights.
+
+    `inspection.model_cost` counts all of a model by running it over the meta device, which takes seconds to import.
+    """
+    levels, flops = model.config.levels, 0
+    for name, module in model.named_modules():
+        parts = [*name.split("."), "", ""]
+        level = 0
+        if parts[0] in ("down_blocks", "up_blocks") and parts[1]:
+            down = parts[0] == "down_blocks"
+            level = int(parts[1]) if down else levels - 1 - int(parts[1])
+            if "samplers" in parts[2]:  # computed at the size that comes of it
+                level += 1 if down else -1
+        elif parts[0] == "mid_block":
+            level = levels - 1
+        pixels = (height >> level) * (width >> level)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and "time_emb" not in name and "embedding" not in parts[0]:
+            flops += 2 * module.weight.numel() * pixels
+        elif isinstance(module, Attention):
+            flops += 4 * module.to_v.out_features * pixels**2
+    return flops
 
 
 def _obstacle(dtype: torch.dtype) -> str | None:

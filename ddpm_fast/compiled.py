@@ -141,7 +141,8 @@ def _build(path: Path, source: str, command: list[str]) -> None:
         if done.returncode:
             problem = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
             raise RuntimeError(
-                f'{command[0]} cannot compile the transforms of ops="winograd": {problem}; use ops="cpu"'
+                f'{command[0]} cannot compile the transforms of ops="winograd": {problem}; name another compiler by '
+                '$CXX, or use ops="cpu"'
             )
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(made, path)

@@ -117,12 +117,12 @@ def triton() -> Ops:
     return ops_triton.build()
 
 
-def winograd() -> Ops:
+def winograd(keep_memory: bool = True) -> Ops:
     """`cpu` for long runs: Winograd convolutions whose transforms are compiled once for this processor, in seconds.
 
     float32 and bfloat16; what has no such form runs as in `cpu`. Gradients do not flow. The compiled transforms
-    are kept in the user's cache folder. Raises RuntimeError where there is no C++ compiler.
+    are kept in the user's cache folder. keep_memory: as for `cpu`. Raises RuntimeError where there is no C++ compiler.
     """
     from . import ops_winograd
 
-    return ops_winograd.build()
+    return ops_winograd.build(keep_memory)

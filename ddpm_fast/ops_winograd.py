@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import compiled, ops_cpu
-from .kernels import onednn, winograd
+from .kernels import host_memory, onednn, winograd
 from .kernels.onednn import PackedConv
 from .kernels.reference import Shortcut
 from .kernels.winograd import UP, Kernels, PartStats, Products, Scheme, Source, scheme_for
@@ -102,14 +103,17 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
 
 _KERNELS: dict[torch.dtype, Kernels] = {}
+_cpu = cache(partial(ops_cpu.build, keep_memory=False))  # what computes all that has no form of its own here
 SMALL_ATTENTION = 400  # pixels
 _SCRATCH = threading.local()  # transformed patches, from one convolution to the next of a thread
 
 
-def build() -> Ops:
-    """The set; RuntimeError, in one line, where no C++ compiler is found."""
+def build(keep_memory: bool = True) -> Ops:
+    """The set; RuntimeError, in one line, where no C++ compiler is found. ``keep_memory``: see `ops.cpu`."""
     compiled.compiler()
-    cpu = ops_cpu.build()
+    if keep_memory:
+        host_memory.keep_freed_memory()
+    cpu = _cpu()
     return Ops(
         name="winograd",
         norm_act=norm_act,
@@ -172,7 +176,7 @@ def norm_act(
     pixels = x.data
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if x.dtype not in winograd.ELEMENTS or act not in ACTS or channels % groups:
-        y = _CPU.norm_act(
+        y = _cpu().norm_act(
             pixels, weight, bias, groups, eps, skip=_pixels(skip), act=act, bias_row=bias_row,
             scale_shift=scale_shift, row=row, residual=_pixels(residual), out=out,
         )  # fmt: skip
@@ -219,7 +223,7 @@ def conv(
         scheme = scheme_for(weight.dtype, n, c, h, w, weight.out_channels)
     if scheme is None:
         weight = weight.direct() if isinstance(weight, PackedWinograd) else weight
-        y = _CPU.conv(
+        y = _cpu().conv(
             x.data, weight, bias, skip=_pixels(skip), stride=stride, padding=padding, time=time, row=row,
             residual=_pixels(residual), shortcut=_plain(shortcut), scale=scale, out=out,
         )  # fmt: skip
@@ -232,7 +236,7 @@ def attention(qkv: FeatureMap, heads: int) -> FeatureMap:
     a softmax take half its time."""
     n, width, h, w = qkv.shape
     if qkv.dtype != torch.bfloat16 or h * w > SMALL_ATTENTION or not onednn.computes(qkv.dtype):
-        return FeatureMap(_CPU.attention(qkv.data, heads))
+        return FeatureMap(_cpu().attention(qkv.data, heads))
     head = width // 3 // heads
     parts = qkv.data.permute(0, 2, 3, 1).reshape(n, h * w, 3, heads, head).permute(2, 0, 3, 1, 4).unbind()
     q, k, v = (part.reshape(n * heads, h * w, head) for part in parts)
@@ -257,7 +261,7 @@ def upsample_conv(
 ) -> FeatureMap:
     """`reference.upsample_conv`."""
     if not isinstance(weight, PackedWinograd):
-        y = _CPU.upsample_conv(
+        y = _cpu().upsample_conv(
             x.data, weight, bias, time=time, row=row, residual=_pixels(residual), shortcut=_plain(shortcut),
             scale=scale, out=out,
         )  # fmt: skip
@@ -282,7 +286,7 @@ def _transformed(
     added = _pixels(residual)
     s = _plain(shortcut)
     if s is not None:
-        beside = _CPU.conv(s.x, s.weight, s.bias, skip=s.skip)
+        beside = _cpu().conv(s.x, s.weight, s.bias, skip=s.skip)
         added = beside if added is None else beside.add_(added)
     n, _, h, w = x.shape
     a, b, c = scheme.tiles(n, h, w)
@@ -329,6 +333,3 @@ def _rows(table: Tensor | None, row: Tensor | None) -> Tensor | None:
     if table is None:
         return None
     return _vector(table if row is None else table[int(row[0])][None])
-
-
-_CPU = ops_cpu.build()

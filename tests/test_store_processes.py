@@ -105,7 +105,7 @@ def owners(folder: Path) -> set[int]:
 def kill_at_random_moments(runs: Runs, who: str, kills: int, seed: int) -> None:
     """Start, kill -9 at a moment that is random over the whole run, start again ..."""
     dice = random.Random(seed)
-    marks = sorted(dice.randrange(SHARDS - 4) for _ in range(kills))
+    marks = sorted(dice.randrange(SHARDS - 12) for _ in range(kills))
     for kill in range(kills):
         workers = [runs.start()] if who == "main" else runs.pair()
         # in the middle of what follows the mark; or of the start itself, where the mark is passed already

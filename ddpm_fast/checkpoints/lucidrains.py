@@ -256,7 +256,7 @@ class _Settings:
         steps, name = self._stated("timesteps"), self._stated("beta_schedule")
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_TIMESTEPS:
             raise CheckpointError(f"override timesteps must be in 1..{MAX_TIMESTEPS:,}; got {steps!r}")
-        if name not in SCHEDULES:
+        if not isinstance(name, str) or name not in SCHEDULES:
             raise CheckpointError(f"beta_schedule must be one of {', '.join(SCHEDULES)}; got {name!r}")
         return {"num_train_timesteps": steps, "trained_betas": tuple(named_betas(name, steps).tolist())}
 
@@ -290,7 +290,7 @@ class _Settings:
             self.notes.append(f"inferred from loss_weight: objective={told}")
             return told
         objective = self._stated("objective")
-        if objective not in OBJECTIVES:
+        if not isinstance(objective, str) or objective not in OBJECTIVES:
             raise CheckpointError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
         if told not in (None, objective):
             self.notes.append(f"overridden against the buffers, whose loss_weight is that of {told}")
@@ -316,6 +316,8 @@ class _Settings:
         self._say_normalize()
         steps = given.get("sampling_timesteps")
         if steps is not None:
+            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+                raise CheckpointError(f"override sampling_timesteps must be a positive whole number; got {steps!r}")
             eta = given.get("ddim_sampling_eta", 0.0)
             notes.append(f"fewer sampling_timesteps are DDIM there: method='ddim', steps={steps}, eta={eta} does as it")
 

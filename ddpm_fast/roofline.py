@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .benchmarking.checks import full_float32
 from .benchmarking.environment import device_name
 from .benchmarking.timing import Clock, Run, clock_for
 from .whole_files import whole_file
@@ -91,14 +93,9 @@ def roofs(
 
 
 def measure(device: torch.device, dtype: torch.dtype, clock: Clock, budget_s: float = BUDGET_S) -> Roofs:
-    """Measure now. A third of the budget goes to each roof, shared by its shapes."""
-    rates: dict[str, float] = {}
-    for name, candidates in (("copy", _copies), ("gemm", _products), ("conv", _convolutions)):
-        shapes = _SHAPES[name][device.type == "cuda"]
-        for shape in shapes:
-            work, run = candidates(device, dtype, shape)
-            rate = work / (_shortest_ms(run, clock, budget_s / 3 / len(shapes)) / 1e3)
-            rates[name] = max(rate, rates.get(name, 0.0))
+    """Measure now. A third of the budget goes to each roof, shared by its shapes. float32 is without TF32."""
+    with full_float32(), _cudnn_chooses():
+        rates = _rates(device, dtype, clock, budget_s)
     return Roofs(
         device=device_name(device),
         dtype=_name(dtype),
@@ -108,6 +105,29 @@ def measure(device: torch.device, dtype: torch.dtype, clock: Clock, budget_s: fl
         gemm_flops_per_s=rates["gemm"],
         conv_flops_per_s=rates["conv"],
     )
+
+
+def _rates(device: torch.device, dtype: torch.dtype, clock: Clock, budget_s: float) -> dict[str, float]:
+    """Bytes or FLOP/s of each roof: its best shape, by the shortest run."""
+    rates: dict[str, float] = {}
+    for name, candidates in (("copy", _copies), ("gemm", _products), ("conv", _convolutions)):
+        shapes = _SHAPES[name][device.type == "cuda"]
+        for shape in shapes:
+            work, run = candidates(device, dtype, shape)
+            rate = work / (_shortest_ms(run, clock, budget_s / 3 / len(shapes)) / 1e3)
+            rates[name] = max(rate, rates.get(name, 0.0))
+    return rates
+
+
+@contextmanager
+def _cudnn_chooses() -> Iterator[None]:
+    """cuDNN tries its algorithms for each convolution, in place of a guess."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 # Candidates, for a CPU and for a GPU. Copies: MiB, several times any cache. Products: M, N, K. Convolutions: N, C, H,

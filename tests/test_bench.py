@@ -16,7 +16,7 @@ from models import TINY, normal, unet
 import ddpm_fast as df
 from ddpm_fast import cli_bench, ops
 from ddpm_fast.benchmarking import providers, run, startup, text
-from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, Judge
+from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, Judge, full_float32
 from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.roofline import Roofs
@@ -71,6 +71,26 @@ def test_every_provider_computes_the_model(name: str, dtype: str) -> None:
     assert verdict.ok, verdict
     assert 0 < verdict.largest_allowed < (1e-3 if dtype == "float32" else 1.0)
     assert verdict.chain < CHAIN_LIMIT[DTYPES[dtype]] / 2
+
+
+GPU_PEERS = [
+    *((f"triton-{graph}", dtype) for graph in providers.GRAPHS for dtype in ("bfloat16", "float16", "float32")),
+    *((name, "bfloat16") for name in ("diffusers-channels-last", "diffusers-compile")),
+    ("diffusers", "float32"),
+    ("guided", "float16"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype"), GPU_PEERS)
+def test_every_provider_computes_the_model_on_a_gpu(name: str, dtype: str) -> None:
+    model = cli_bench._checkpoint("tiny", None, {}).model.cuda()
+    of = Case(model, SCHEDULE, 3, 4, torch.device("cuda"))
+    (provider,) = chosen([name])
+    assert provider.missing(of.device, DTYPES[dtype]) is None
+    with full_float32(provider.ours):
+        verdict = Judge(of).verdict(provider.make(of, DTYPES[dtype]), DTYPES[dtype], strict=provider.ours)
+    assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("name", ["diffusers", "diffusers-channels-last", "guided", "cpu"])
@@ -231,7 +251,7 @@ def test_compiled_code_is_asked_for_twice_from_one_empty_cache(monkeypatch: pyte
     assert found == {"first_step_s": 40.0, "cached_first_step_s": 20.0} and len(set(seen)) == 1
 
 
-def test_reasons_for_not_being_available() -> None:
+def test_reasons_for_not_being_available(monkeypatch: pytest.MonkeyPatch) -> None:
     known = providers.providers()
     cuda = torch.device("cuda")
     assert known["openvino"].missing(cuda, torch.float32) == "runs on cpu, not on cuda"
@@ -239,6 +259,12 @@ def test_reasons_for_not_being_available() -> None:
     assert known["onnxruntime"].missing(CPU, torch.bfloat16) == "has no bfloat16"
     later = Provider("later", lambda of, dtype: None, operations="no_such_set")
     assert later.missing(CPU, torch.float32) == "this version has no ops.no_such_set()"
+
+    def none_here():
+        raise RuntimeError("ops.winograd() needs a C++ compiler")
+
+    monkeypatch.setattr(ops, "winograd", none_here)
+    assert known["winograd"].missing(CPU, torch.float32) == "ops.winograd() needs a C++ compiler"
     assert set(providers.default_names(CPU)) | set(providers.default_names(cuda)) <= set(known)
     with pytest.raises(ValueError, match="no provider is called 'jax'; there are: reference, "):
         chosen(["jax"])

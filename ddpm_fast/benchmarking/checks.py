@@ -34,14 +34,15 @@ CHAIN_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors and what they may be; scaled as the house rule has it, but for the chain's, which is an RMS."""
+    """Errors and what they may be: of outputs scaled as the house rule has it, of the trajectory's images plain."""
 
     largest: float
     largest_allowed: float
     rms: float
     rms_allowed: float
-    chain: float
+    chain: float  # RMS
     chain_allowed: float
+    chain_largest: float  # told, not judged
 
     @property
     def ok(self) -> bool:
@@ -82,9 +83,9 @@ class Judge:
         largest, rms = _worst(errors)
         largest_allowed, rms_allowed = self.allowed(dtype, strict)
         drawn, wanted = sampling.chain(self.seed), self.chain(sampling.noise)
-        off = (drawn.to(wanted.device).float().clamp(-1, 1) - wanted).square().mean().sqrt()
-        chain = float(off) if bool(off.isfinite()) else math.inf
-        return Verdict(largest, largest_allowed, rms, rms_allowed, chain, CHAIN_LIMIT[dtype])
+        off = (drawn.to(wanted.device).float().clamp(-1, 1) - wanted).abs().nan_to_num(nan=math.inf)
+        chain, most = float(off.square().mean().sqrt()), float(off.max())
+        return Verdict(largest, largest_allowed, rms, rms_allowed, chain, CHAIN_LIMIT[dtype], most)
 
     def spread(self, x: Tensor) -> Tensor:
         """[D, ...] -> [N, ...]: the distinct images by turns, as `Case.labels` has the classes."""

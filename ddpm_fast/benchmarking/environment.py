@@ -28,7 +28,7 @@ def environment(device: torch.device, command: Sequence[str] | None = None) -> d
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "clocks": clocks(device),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -41,6 +41,11 @@ def environment(device: torch.device, command: Sequence[str] | None = None) -> d
         p = torch.cuda.get_device_properties(device)
         facts |= {"capability": f"sm_{p.major}{p.minor}", "cuda": torch.version.cuda}
     return facts
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core over the last minute: above the number of cores, times are of a busy machine."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def device_name(device: torch.device) -> str:

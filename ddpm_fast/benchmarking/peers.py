@@ -55,7 +55,8 @@ class Looped:
         self.case, self.run, self.scheduler, self.layout = case, run, scheduler, layout
         scheduler.set_timesteps(case.steps)
         self.timesteps = [int(t) for t in scheduler.timesteps]
-        self.times = scheduler.timesteps.to(case.device)
+        # Tensors of their own, so aligned: compiled code copies inputs that are not.
+        self.times = [t.clone() for t in scheduler.timesteps.to(case.device)]
 
     @torch.no_grad()
     def network(self, x: Tensor, i: int) -> Tensor:

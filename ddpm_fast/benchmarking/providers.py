@@ -85,8 +85,13 @@ class Provider:
             return f"runs on {' and '.join(self.devices)}, not on {device.type}"
         if dtype not in self.dtypes:
             return f"has no {str(dtype).removeprefix('torch.')}"
-        if self.operations is not None and not hasattr(ops_module, self.operations):
-            return f"this version has no ops.{self.operations}()"
+        if self.operations is not None:
+            try:
+                getattr(ops_module, self.operations)()
+            except AttributeError:
+                return f"this version has no ops.{self.operations}()"
+            except RuntimeError as error:  # no Triton, or no compiler
+                return str(error)
         absent = [p for p in self.packages if importlib.util.find_spec(p) is None]
         if absent:
             return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"

@@ -13,7 +13,7 @@ import torch
 from ..checkpoints import Checkpoint
 from ..inspection import model_cost
 from .checks import Judge, full_float32
-from .environment import environment
+from .environment import environment, load_average
 from .providers import DTYPES, Case, Provider, Sampling
 from .startup import startup
 from .timing import Clock, Comparison, HostClock, Run, clock_for, compare
@@ -77,7 +77,7 @@ def run(
                 _derive(row, chain, cost["flops"], peaks.get(row["dtype"]), settings.clock == "wall")
         found["rows"] += rows
         gc.collect()
-    found["environment"]["load_average_after"] = environment(settings.device)["load_average"]
+    found["environment"]["load_average_after"] = load_average()
     return found
 
 
@@ -190,11 +190,12 @@ def _fill(row: dict[str, Any], timed: Comparison, steps: int) -> None:
 
 
 def _derive(row: dict[str, Any], chain: int, flops: int, peak: float | None, wall: bool) -> None:
-    """What follows from the time of a step: images/s, FLOP/s, the first image."""
+    """What follows from the time of a step: images/s, FLOP/s, and where it is of the wall, as those of the roofs and of
+    the start are, the share of a roof and the first image."""
     step_s = row["ms_a_step"]["median"] / 1e3
     row["images_per_s"] = row["batch"] / (step_s * chain)
     row["tflops"] = flops * row["batch"] / step_s / 1e12
-    row["share_of_convolution_roof"] = None if peak is None else row["tflops"] * 1e12 / peak
+    row["share_of_convolution_roof"] = row["tflops"] * 1e12 / peak if peak and wall else None
     start = row.get("startup")
     if start is not None and "failed" not in start and wall:
         start["first_image_s"] = start["load_s"] + start["first_step_s"] + (chain - 1) * step_s

@@ -8,7 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 
 SPEED = ("provider", "dtype", "ms a step", "images/s", "times as fast", "share of roof")
-FULL = (*SPEED, "error (allowed)", "first step s", "first image s", "peak MiB")
+FULL = (*SPEED, "error (allowed)", "trajectory error", "first step s", "first image s", "peak MiB")
 
 
 def report_text(found: dict[str, Any]) -> str:
@@ -143,6 +143,7 @@ _CELLS: dict[str, Callable[[Row, bool], str]] = {
     "times as fast": _ratio,
     "share of roof": _share,
     "error (allowed)": _error,
+    "trajectory error": lambda row, _: _number(row["check"]["chain_largest"]),
     "first step s": _startup("first_step_s", ".1f", "cached_first_step_s"),
     "first image s": _startup("first_image_s", ".1f"),
     "peak MiB": _startup("peak_mib", ".0f"),

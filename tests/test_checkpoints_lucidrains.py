@@ -18,7 +18,8 @@ from lucidrains_oracle import Diffusion, Net, betas, forward, trainer_file, weig
 from torch import Tensor
 
 from ddpm_fast import cli, graphs
-from ddpm_fast.checkpoints import Checkpoint, CheckpointError, convert, load, save
+from ddpm_fast.checkpoints import Checkpoint, CheckpointError, convert, detect, load, save
+from ddpm_fast.checkpoints.family import Found
 from ddpm_fast.checkpoints.lucidrains_unet import LucidrainsUnet
 from ddpm_fast.engine import CallableProgram
 from ddpm_fast.graphs import GraphCache
@@ -505,6 +506,23 @@ def test_refusals(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         load(path, **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_every_tensor_is_needed_as_it_is() -> None:
+    """Each is left out, reshaped, cut, of another type or renamed, in turn."""
+    sd = weights(Net(mults=(2,)))
+
+    def taken(tensors: dict[str, Tensor]) -> None:
+        found = Found("file", Path("file"), tensors, preset="2.3.4")
+        family = detect(found)
+        assert family.name == "lucidrains" and family.load is not None
+        family.load(found)
+
+    taken(sd)
+    for i, (name, t) in enumerate(sd.items()):
+        others = {}, {name: t[..., None]}, {name: t[:-1]}, {name: t.long()}, {f"{name}s": t}
+        with pytest.raises(CheckpointError):
+            taken({k: v for k, v in sd.items() if k != name} | others[i % len(others)])
 
 
 def test_karras_unet_is_refused(tmp_path: Path) -> None:

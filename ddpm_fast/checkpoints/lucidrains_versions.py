@@ -56,8 +56,8 @@ LAST = Version(9, 0, 0, 0)
 
 # The spans of one arithmetic among those whose tensors look alike, for messages.
 SPANS = {
-    "unshuffle": "0.32.0; 0.1.0 to 1.7.0; 1.7.1 and 1.7.2; 1.7.3; 1.7.4 to 1.7.9",
-    "conv": "0.22.0 to 0.25; 0.26.0 to 0.26.3; 0.26.4 to 0.27.3; 0.27.4 to 0.27.9; 0.28.0 to 0.31",
+    "unshuffle": "0.32.0 and 0.1.0 to 1.7.0; 1.7.1 and 1.7.2; 1.7.3; 1.7.4 and later",
+    "conv": "0.22.0 to 0.25; 0.26.0 to 0.26.3; 0.26.4 to 0.27.3; 0.27.4 and later; 0.28.0 to 0.31",
 }
 
 

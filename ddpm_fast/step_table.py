@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
 from .respacing import sections
-from .schedule import LEAST_SIGNAL, METHODS, SPACINGS, Schedule
+from .schedule import LEAST_SIGNAL, METHODS, SECTIONS, SPACINGS, Schedule
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class StepTable:
     variance: str  # fixed | learned | learned_range: how the network states it
     thresholding: tuple[float, float] | None = None  # (ratio, largest) of dynamic thresholding
     learned: bool = False  # the network has 2C output channels, whether or not the second half is read
-    draws: tuple[bool, ...] = ()  # [S]: whether the step takes noise from a stream, as diffusers' does
+    draws: tuple[bool, ...] = ()  # [S]: whether the step takes noise from a stream, as the model's own code does
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -95,7 +95,10 @@ def step_table(
     limit = (schedule.dynamic_thresholding_ratio, schedule.sample_max_value) if schedule.thresholding else None
     # DDIM's deviation is eta's; what a learned-variance network says of it is not read.
     variance = schedule.learned if method == "ddpm" else "fixed"
-    draws = tuple(t > 0 if method == "ddpm" else eta > 0 for t in chain)
+    if schedule.timestep_spacing == SECTIONS:  # OpenAI's loops draw at every step and multiply by zero
+        draws = (True,) * len(chain)
+    else:
+        draws = tuple(t > 0 if method == "ddpm" else eta > 0 for t in chain)
     return StepTable(rows, tuple(chain), variance, limit, learned=schedule.learned != "fixed", draws=draws)
 
 

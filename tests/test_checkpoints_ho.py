@@ -188,6 +188,11 @@ def test_release_at_reduced_width(
     told = load(path)
     assert (told.model.config, told.schedule) == (checkpoint.model.config, checkpoint.schedule)
     assert any(f"because the architecture is that of {name}" in note for note in told.notes)
+    notes = "; ".join(told.notes)
+    assert ("assumed, not known, of celeba64: variance_type='fixed_large'" in notes) == (name == "celeba64")
+    assert ("'ddpm_noisy' sampler draws with beta_t whatever var_type: override" in notes) != large
+    stated = load(path, overrides={"var_type": "fixedsmall"})
+    assert "not known" not in "; ".join(stated.notes) and stated.schedule.variance_type == "fixed_small"
     other = "celeba64" if name == "cifar10" else "cifar10"
     with pytest.raises(CheckpointError, match=f"preset='{other}' is of another architecture"):
         load(path, preset=other)

@@ -94,11 +94,16 @@ def error(checkpoint: Checkpoint, net: Net, sd: dict[str, torch.Tensor], size: i
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_release_at_reduced_width(name: str, tmp_path: Path) -> None:
+def test_release_at_reduced_width(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by its fingerprint alone, the release made as narrow as the file; and by its name."""
     full, ch, size, _ = FULL[name]
     net = replace(full, ch=ch)
     path, sd = stored(tmp_path, net)
-    checkpoint = load(path, preset=name)
+    named = load(path, preset=name)
+    monkeypatch.setitem(RELEASES, name, {**RELEASES[name], "num_channels": ch})
+    checkpoint = load(path)
+    assert (checkpoint.model.config, checkpoint.schedule) == (named.model.config, named.schedule)
+    assert any(note.startswith(f"assumed, because the architecture is that of {name}: ") for note in checkpoint.notes)
     assert error(checkpoint, net, sd, size) <= TOLERANCE
     assert checkpoint.family == "OpenAI" and checkpoint.model.config.sample_size == RELEASES[name]["image_size"]
 
@@ -270,6 +275,20 @@ def test_number_of_steps_is_their_sections_rule(tmp_path: Path) -> None:
     assert Sampler(checkpoint.model, stride, method="ddim").table.timesteps == tuple(range(960, -1, -40))
 
 
+@pytest.mark.parametrize("method", [{}, {"method": "ddim"}, {"method": "ddim", "eta": 0.5}])
+def test_the_stream_has_a_normal_for_every_step(method: dict[str, Any], tmp_path: Path) -> None:
+    """CHECKPOINTS, 2.4: at t = 0 too, and for DDIM at eta 0, where it is multiplied by zero. So a second batch is
+    theirs as well."""
+    path, _ = stored(tmp_path, TINY)
+    checkpoint = load(path, overrides={**FLAGS, "timestep_respacing": "4"})
+    generator = torch.Generator().manual_seed(5)
+    Sampler(checkpoint.model, checkpoint.schedule, 2, noise=generator, **method).sample(2)
+    after = torch.Generator().manual_seed(5)
+    for _ in range(1 + 4):
+        torch.randn(2, 3, 8, 8, generator=after)
+    assert torch.equal(torch.randn(3, generator=generator), torch.randn(3, generator=after))
+
+
 def test_truncation_to_uint8() -> None:
     x = torch.tensor([-1.2, -1.0, -0.9961, 0.0, 0.999, 1.0, 7.0]).view(1, 7, 1, 1)
     expected = [0, 0, 0, 127, 254, 255, 255]  # ((x + 1) * 127.5) without its fraction
@@ -338,6 +357,7 @@ def test_wrong_flags(overrides: dict[str, Any], match: str, tmp_path: Path) -> N
 
 def test_right_flags_of_the_architecture_are_taken(tmp_path: Path) -> None:
     path, sd = stored(tmp_path, TINY)
+    assert error(load(path, overrides={**FLAGS, "channel_mult": ""}), TINY, sd, 8) <= TOLERANCE  # their default
     true = {"num_channels": 32, "channel_mult": "1,2", "attention_resolutions": 4, "learn_sigma": True, "dropout": 0.1}
     checkpoint = load(path, overrides={**FLAGS, **true, "class_cond": False, "use_fp16": True})
     assert error(checkpoint, TINY, sd, 8) <= TOLERANCE
@@ -371,6 +391,7 @@ def without(*prefixes: str) -> Any:
         (without("input_blocks.3.1"), "output_blocks.0 is made of res\\+attention, where its level needs res"),
         (without("output_blocks.1.1"), "output_blocks.1 lacks parts"),
         (without("out.2"), "is not a whole OpenAI U-Net: it has no 'out.2.weight'"),
+        (lambda sd: {**sd, "time_embed.0.weight": torch.zeros(3)}, "blocks are missing, or weights have too few axes"),
         (without("middle_block.1"), "missing: mid_block.attentions.0"),
         (without("input_blocks.1.0.in_layers.0"), "2 missing: down_blocks.0.resnets.0.norm1.weight"),
         (lambda sd: {**sd, "extra.weight": torch.zeros(3)}, "1 unexpected: extra.weight"),

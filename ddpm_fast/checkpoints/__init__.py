@@ -37,13 +37,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "conditional U-Net",
         lambda names: _has("down_blocks.")(names) and any(".attn2." in n or n.startswith("encoder_hid") for n in names),
-        refusal="a U-Net guided by text or images (UNet2DConditionModel); only unconditional ones are supported",
+        refusal="a U-Net guided by text or images (UNet2DConditionModel), no unconditional DDPM; run it in diffusers",
     ),
     diffusers.FAMILY,
     Family(
         "latent diffusion",
         lambda names: _has("input_blocks.")(names) and _has("transformer_blocks.")(names),
-        refusal="a latent diffusion model (its U-Net has transformer blocks); only pixel-space DDPMs are supported",
+        refusal="a latent diffusion model (its U-Net has transformer blocks), no DDPM over pixels; run it in its code",
     ),
     Family(
         "OpenAI",
@@ -63,12 +63,12 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Karras U-Net",
         lambda names: _has("to_time_emb.")(names) and _has("downs.")(names),
-        refusal="a Karras (EDM2) U-Net, of the sort in lucidrains' package; it is no DDPM's and is not supported",
+        refusal="a Karras (EDM2) U-Net, of the sort in lucidrains' package; it is no DDPM's: draw from it there",
     ),
     Family(
         "EDM",
         lambda names: any(n.endswith("map_layer0.weight") for n in names),
-        refusal="an EDM network, whose noise levels are continuous; it is no DDPM and is not supported",
+        refusal="an EDM network, whose noise levels are continuous; it is no DDPM: draw from it with EDM's own code",
     ),
 )
 
@@ -169,7 +169,10 @@ def unwrap(content: Any, path: Path, notes: list[str] | None = None) -> dict[str
     if {"format", "step", "settings"} <= set(content):
         raise CheckpointError(f"{path} is the state of a training run; load the run's folder, which holds its model")
     if "shadow_params" in content or (isinstance(content.get("ema"), dict) and "shadow_params" in content["ema"]):
-        raise CheckpointError(f"{path} is a Score-SDE checkpoint, whose weights have no names; not supported")
+        raise CheckpointError(
+            f"{path} is a Score-SDE checkpoint, whose averaged weights have no names; load it in "
+            "its own code and save the model's state dict from there, if it was trained as a DDPM"
+        )
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     elif isinstance(content.get("model"), dict) and "ema" in content:

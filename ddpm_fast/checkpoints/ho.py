@@ -110,6 +110,8 @@ def load(found: Found) -> Checkpoint:
     notes += fit(model, found, tensors)
     if config.sample_size is None:
         notes.append("could not be known: image_size; give it as an override, or image_shape to the sampler")
+    if schedule.variance_type.startswith("fixed_small"):
+        notes.append("ddim's 'ddpm_noisy' sampler draws with beta_t whatever var_type: override var_type=fixedlarge")
     notes.append("pytorch_diffusion cuts images to uint8 where ours round: to_uint8(x, truncate=True) does as it does")
     notes.append("ddim's 'generalized' sampler does not clip x0: override clip_sample=false for method='ddim' as there")
     return Checkpoint(model, schedule, found.source, "Ho et al.", notes, found.labels)
@@ -168,6 +170,11 @@ def _settings(found: Found, inferred: dict[str, Any], notes: list[str]) -> tuple
     schedule = {**_LINEAR, **({"variance_type": preset["variance_type"]} if preset else {})}
     size = {"sample_size": preset["sample_size"]} if preset else {}
     notes.append(f"assumed {origin}: {_text({**size, **schedule})}")
+    if preset is PRESETS["celeba64"] and "variance_type" not in overrides:
+        notes.append(
+            "assumed, not known, of celeba64: variance_type='fixed_large', which ddim's 'ddpm_noisy' sampler draws "
+            "with whatever var_type its settings name"
+        )
     if found.overrides:
         notes.append("overridden: " + _text(found.overrides))
     for name in inferred:

@@ -189,6 +189,8 @@ def _check_flags(found: Found, structure: Structure, flags: Mapping[str, Any]) -
         if name in ("channel_mult", "attention_resolutions"):
             if name == "attention_resolutions" and flags.get("image_size") is None:
                 continue  # a resolution is a share of the image
+            if value == "":
+                continue  # the code bases' default: by image size
             given, actual = _numbers(name, value), _numbers(name, actual)
             if name == "attention_resolutions":
                 given, actual = sorted(given), sorted(actual)

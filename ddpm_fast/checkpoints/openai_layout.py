@@ -68,7 +68,7 @@ def structure_of(tensors: Mapping[str, Tensor], where: object) -> Structure:
     down, up = _kinds(shapes, "input", where), _kinds(shapes, "output", where)
     last_of_level = [n for n, kinds in enumerate(up) if len(kinds) > 1 and kinds[-1] in ("up", "res")]
     levels = len(last_of_level) + 1
-    blocks = (last_of_level[0] if last_of_level else len(up) - 1) or 0
+    blocks = last_of_level[0] if last_of_level else len(up) - 1
     firsts = [1 + level * (blocks + 1) for level in range(levels)]
     try:
         structure = Structure(
@@ -82,8 +82,12 @@ def structure_of(tensors: Mapping[str, Tensor], where: object) -> Structure:
             out_channels=shapes["out.2.weight"][0],
             classes=shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
         )
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{where} is not a whole OpenAI U-Net: it has no {error}") from None
+    except IndexError:
+        raise CheckpointError(
+            f"{where} is not a whole OpenAI U-Net: blocks are missing, or weights have too few axes"
+        ) from None
     _check_layout(structure, down, up, where)
     _check_channels(structure, shapes, where)
     return structure

@@ -3,6 +3,7 @@
 torch's own kernel for channels_last takes the variance as the mean of squares less the square of the mean, from one
 running sum: of 128x128 pixels with a mean of one deviation it has float32 errors of 5e-6, of larger means more. Here
 squares are centred and sums cascade, which costs one pass more; the rest is one factor and one summand a channel.
+What is rounded to bfloat16 in the end may take torch's kernel, while means are mild.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHED = 1 << 19  # elements for each core that are taken through all passes before the next images
+# |mean| in deviations up to which torch's kernel is off by a tenth at most of what bfloat16 rounds: 4e-4 of 512x512.
+MILD = 8.0
 
 
 def norm_act(
@@ -61,6 +64,10 @@ def norm_act(
         wide = _wide(x[part], None if skip is None else skip[part])
         into = out[part] if x.dtype == torch.float32 else wide
         before_part, after_part, beside = (None if t is None else t[part] for t in (before, after, residual))
+        plain = x.dtype == torch.bfloat16 and before is after is residual is None
+        if plain and (quick := _by_torch(wide, weight, bias, groups, eps, act)) is not None:
+            out[part].copy_(quick)
+            continue
         y = _normalise(wide, weight, bias, groups, eps, act, before_part, after_part, beside, into)
         if y is not into or into is wide:
             out[part].copy_(y)
@@ -78,6 +85,18 @@ def _rows(table: Tensor | None, row: Tensor | None, n: int) -> Tensor | None:
     if table is None:
         return None
     return (table if row is None else table.index_select(0, row[:1])).float().expand(n, -1).contiguous()
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, act: str
+) -> Tensor | None:
+    """act(norm(x)) of x [N, C, H, W] float32 by torch's kernel for channels_last; None where a mean is not mild."""
+    n, channels, h, w = x.shape
+    weight, bias = (None if t is None else t.float() for t in (weight, bias))
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, h * w, groups, eps)
+    if not float((mean * rstd).abs().max()) <= MILD:  # or NaN
+        return None
+    return F.silu(y, inplace=True) if act in ("silu", "swish") else ACTIVATIONS[act](y)
 
 
 def _normalise(

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,15 +41,24 @@ class Drawing:
     batch_size: int | str
     options: dict[str, Any]  # of `Sampler`: what was asked for and no more, so that its own defaults hold
 
-    def sampler(self, device: torch.device) -> tuple[Checkpoint, Sampler]:
+    def checkpoint(self) -> Checkpoint:
         from .checkpoints import load
+
+        return load(self.source, self.preset, self.settings)
+
+    def sampler(self, checkpoint: Checkpoint, device: torch.device) -> Sampler:
         from .sampler import Sampler
 
-        checkpoint = load(self.source, self.preset, self.settings)
-        batch: Any = self.batch_size
-        if isinstance(batch, int) and batch > 0:
-            batch = min(batch, self.n)
-        return checkpoint, Sampler(checkpoint.model, checkpoint.schedule, batch, device=device, **self.options)
+        return Sampler(checkpoint.model, checkpoint.schedule, self.batch_size, device=device, **self.options)
+
+    def as_begun(self, store: SampleStore) -> Drawing:
+        """With what a set was begun with, where the choice was left to the machine."""
+        begun, changes = store.manifest["sampler"], dict[str, Any]()
+        if self.batch_size == "auto":
+            changes["batch_size"] = begun["batch_size"]
+        if self.options["ops"] == "auto":
+            changes["options"] = {**self.options, "ops": begun["ops"]}
+        return replace(self, **changes)
 
 
 def sample(
@@ -61,7 +70,7 @@ def sample(
         typer.Option(help='Respaced chain of this many steps, or OpenAI\'s "10,15,20", "ddim50". Default: all.'),
     ] = None,
     method: Annotated[str | None, typer.Option(help="ddpm or ddim. Default: the checkpoint's own.")] = None,
-    eta: Annotated[float, typer.Option(help="Of ddim: 0 deterministic ... 1.")] = 0.0,
+    eta: Annotated[float | None, typer.Option(help="Of ddim: 0 deterministic ... 1.")] = None,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Images drawn together.")] = "64",
     label: Annotated[
         str | None,
@@ -110,6 +119,7 @@ def sample(
         raise ValueError(f"-n must be at least 1; got {n}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+    batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
         source,
         preset,
@@ -119,13 +129,14 @@ def sample(
         first_id,
         _number_or("--label", label, "all"),
         truncate,
-        _number_or("--batch-size", batch_size, "auto"),
+        batch if batch == "auto" else min(batch, n),
         _given(
             steps=int(steps) if steps is not None and steps.isdecimal() else steps,
             method=method,
+            eta=eta,
             guidance_scale=guidance_scale,
         )
-        | {"eta": eta, "dtype": DTYPES[dtype], "ops": ops, "graph": graph},
+        | {"dtype": DTYPES[dtype], "ops": ops, "graph": graph},
     )
     workers = of_environment()
     if _is_store(out, n, store, shard_size, verify, workers):
@@ -194,11 +205,14 @@ def _begin(
     from . import store_manifest
     from .store import MANIFEST, SampleStore
 
+    checkpoint = drawing.checkpoint()
     if (out / MANIFEST).exists():
-        _use_threads(SampleStore.open(out))
-    checkpoint, sampler = drawing.sampler(device)
+        begun = SampleStore.open(out)
+        if begun.manifest["device"] == device.type:  # else `begin` says that it is another
+            _use_threads(begun)
+            drawing = drawing.as_begun(begun)
+    sampler = drawing.sampler(checkpoint, device)
     _check_labels(drawing.label, sampler)
-    options = drawing.options
     manifest = store_manifest.describe(
         checkpoint,
         sampler,
@@ -208,15 +222,18 @@ def _begin(
         label=drawing.label,
         shard_size=shard_size or store_manifest.shard_size(drawing.n, sampler.batch_size),
         truncate=drawing.truncate,
-        chain={"method": options.get("method"), "steps": options.get("steps"), "eta": options["eta"]},
+        chain={name: drawing.options.get(name) for name in ("method", "steps", "eta")},
     )
-    left_open = (
-        ["threads"] + ["shard_size"] * (not shard_size) + ["sampler.batch_size"] * (drawing.batch_size == "auto")
-    )
-    store, changed = SampleStore.begin(out, manifest, left_open)
-    if _use_threads(store):  # another worker began it, just now
-        sampler = drawing.sampler(device)[1]
-    sampler.batch_size = store.manifest["sampler"]["batch_size"]  # where it was auto, the set's own
+    automatic = {
+        "threads": True,
+        "shard_size": shard_size is None,
+        "sampler.batch_size": drawing.batch_size == "auto",
+        "sampler.ops": drawing.options["ops"] == "auto",
+    }
+    store, changed = SampleStore.begin(out, manifest, [name for name, left in automatic.items() if left])
+    other = _use_threads(store) or sampler.ops.name != store.manifest["sampler"]["ops"]  # begun by another, just now
+    if other or drawing.batch_size == "auto":  # so that whoever goes on with it draws in the same way
+        sampler = drawing.as_begun(store).sampler(checkpoint, device)
     return sampler, store, changed
 
 
@@ -276,7 +293,7 @@ def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.devi
     for path in (out, film):
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)
-    _, sampler = drawing.sampler(device)
+    sampler = drawing.sampler(drawing.checkpoint(), device)
     n, first_id, label = drawing.n, drawing.first_id, drawing.label
     _check_labels(label, sampler)
     classes = classes_of(sampler) or 1

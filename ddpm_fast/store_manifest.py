@@ -21,6 +21,7 @@ FORMAT = 1
 TARGET_SHARDS = 1000  # about as many as a set is cut into, where a shard of one batch would make more
 # What may differ between the runs of one set: where the weights lay, and what it runs on (warned of).
 _NOT_COMPARED = ("source", "environment")
+_CHAIN = ("sampler.steps:", "sampler.method:", "sampler.eta:")  # the words for what the table holds
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -128,12 +129,12 @@ def _version(package: str) -> str | None:
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """["sampler.eta: was 0.0, now 0.5", ...]: what would make the images others. [] if nothing would."""
     found = _compare({k: v for k, v in was.items() if k not in _NOT_COMPARED}, _plain(now), "")
-    named = [line for line in found if not line.startswith(("sampler.table:", "sampler.steps:", "sampler.method:"))]
-    if any(line.startswith("sampler.table:") for line in found):
-        asked = [line for line in found if line.startswith(("sampler.steps:", "sampler.method:"))]
-        table = [line for line in found if line.startswith("sampler.table:")]
-        return named + (asked or ([] if named else table))
-    return named  # another spelling of the same chain is no difference
+    chain = [line for line in found if line.startswith(_CHAIN)]
+    table = [line for line in found if line.startswith("sampler.table:")]
+    named = [line for line in found if line not in chain and line not in table]
+    if not table:  # another spelling of the same chain is no difference
+        return named
+    return named + chain if named or chain else table
 
 
 def environment_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -46,6 +46,8 @@ def fill(
     if store.whole():
         store.finish()
         return drawn
+    with store.disk():  # of a set that was whole until damage was found in it
+        (store.folder / UNFINISHED).mkdir(exist_ok=True)
     with Claims(store.folder / UNFINISHED, heartbeat_s, stale_s) as claims, Bar(store, progress) as bar:
         start = _start(store, claims, world or World())
         while (shard := _next(store, claims, start, bar)) is not None:

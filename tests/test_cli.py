@@ -204,7 +204,7 @@ def test_help(run: Run):
         (("sample", "CKPT", "--steps", 11), "steps must be between 1 and num_train_timesteps=10; got 11"),
         (("sample", "CKPT", "--method", "euler"), "method must be one of ddpm, ddim; got 'euler'"),
         (("sample", "CKPT", "--eta", 0.5), "eta belongs to method='ddim'"),
-        (("sample", "CKPT", "--batch-size", 0), "batch_size must be a positive integer; got 0"),
+        (("sample", "CKPT", "--batch-size", 0), "batch_size must be a positive integer or 'auto'; got 0"),
         (("sample", "CKPT", "--label", 1), "this model has no classes, so it takes no labels"),
         (("sample", "CLASSES"), "this model has 3 classes: pass labels"),
         (("sample", "CLASSES", "--label", 3), "labels must be in 0..2; got 3..3"),

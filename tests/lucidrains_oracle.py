@@ -309,7 +309,13 @@ class Diffusion:
 
     @torch.no_grad()
     def ddim(
-        self, f: Callable[..., Tensor], shape: tuple[int, ...], draw: Callable[[], Tensor], steps: int, eta: float
+        self,
+        f: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        draw: Callable[[], Tensor],
+        steps: int,
+        eta: float,
+        rederive: bool = True,  # of pred_noise: the noise that fits the clipped x_0, not the network's own
     ) -> Iterator[Tensor]:
         """The same with sampling_timesteps < timesteps. One normal at every step but the last, at eta 0 too."""
         spaced = torch.linspace(-1, len(self.betas) - 1, steps + 1)
@@ -323,6 +329,7 @@ class Diffusion:
                 x = before
             else:
                 noise = (self.sqrt_recip_alphas_cumprod[t] * x - before) / self.sqrt_recipm1_alphas_cumprod[t]
+                noise = noise if rederive else out
                 a, a_next = self.alphas_cumprod[t], self.alphas_cumprod[following]
                 sigma = eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
                 x = before * a_next.sqrt() + (1 - a_next - sigma**2).sqrt() * noise + sigma * draw()

@@ -280,6 +280,7 @@ LOOPS: dict[str, tuple[Net, str, int | None, float]] = {
     "self_condition_1.7.0": (NETS["1.7.0"], "pred_v", None, 0.0),
     "learned": (Net(channels=2, out=4), "pred_noise", None, 0.0),
     "ddim_noise": (Net(), "pred_noise", 7, 0.0),
+    "ddim_early": (Net(), "pred_noise", 7, 0.2),
     "ddim_v_eta": (Net(), "pred_v", 11, 0.6),
     "ddim_self_condition": (Net(self_condition=True), "pred_x0", 6, 1.0),
 }
@@ -307,8 +308,13 @@ def chain(name: str, tmp_path: Path) -> tuple[Checkpoint, list[Tensor], int | No
     def network(x: Tensor, t: Tensor, before: Tensor | None) -> Tensor:
         return forward(net, sd, x.double(), t, None if before is None else before.double()).float()
 
-    loop = diffusion.ddpm(network, shape, draw) if steps is None else diffusion.ddim(network, shape, draw, steps, eta)
+    early = name == "ddim_early"
+    if steps is None:
+        loop = diffusion.ddpm(network, shape, draw)
+    else:
+        loop = diffusion.ddim(network, shape, draw, steps, eta, rederive=not early)
     overrides = {"image_size": SIZE} | ({"learned_variance": True} if learned else {})
+    overrides |= {"rederive_pred_noise": False} if early else {}
     return load(path, None if net.nested else "2.3.4", overrides), list(loop), steps, eta
 
 
@@ -470,6 +476,7 @@ REFUSED: dict[str, tuple[Net, Change, dict[str, Any], str]] = {
     "attn": (Net(), dict, {"overrides": {**STATED, "attn_heads": 8}}, r"attn_heads=8 does not fit .* \[4, 4\]"),
     "heads": (replace(NETS["1.8.0"], heads=(2, 2)), dict, {"overrides": STATED}, "do not tell the heads: give attn_h"),
     "groups": (NETS["1.8.0"], dict, {"overrides": {**STATED, "resnet_block_groups": 3}}, "=3 does not divide 8"),
+    "flag": (Net(), dict, {"overrides": {**STATED, "rederive_pred_noise": 1}}, "must be true or false; got 1"),
     "size": (Net(), dict, {"overrides": {**STATED, "image_size": 9}}, "image_size must be divisible by 2"),
     "objective": (Net(), dict, {"overrides": {**STATED, "objective": "eps"}}, "objective must be one of pred_noise"),
     "schedule": (Net(), dict, {"overrides": {**STATED, "beta_schedule": "quad"}}, "must be one of linear, cosine"),

@@ -35,7 +35,7 @@ _ARCHITECTURE = (  # in the file for all to see: checked, not needed
 )
 _NETWORK = ("attn_heads", "attn_dim_head", "resnet_block_groups", "sinusoidal_pos_emb_theta")
 _DIFFUSION = ("image_size", "timesteps", "objective", "beta_schedule", "auto_normalize")
-_SAMPLING = ("sampling_timesteps", "ddim_sampling_eta")
+_SAMPLING = ("sampling_timesteps", "ddim_sampling_eta", "rederive_pred_noise")
 _WITHOUT_EFFECT = (
     "dropout",
     "flash_attn",
@@ -219,12 +219,13 @@ class _Settings:
     # --- the diffusion ---
 
     def schedule(self, config: LucidrainsConfig) -> Schedule:
+        objective = self._objective(config)
         values: dict[str, Any] = {
             "variance_type": "learned_range" if config.learned_variance else "fixed_small",
             "clip_sample": True,
             "timestep_spacing": TRUNCATED,
-            "use_clipped_model_output": True,  # their DDIM takes the noise from the clipped x_0
-            "prediction_type": OBJECTIVES[self._objective(config)],
+            "use_clipped_model_output": self._rederives(objective),
+            "prediction_type": OBJECTIVES[objective],
         }
         if "betas" in self.parts.buffers:
             values |= self._stored_betas()
@@ -296,6 +297,21 @@ class _Settings:
             self.notes.append(f"overridden against the buffers, whose loss_weight is that of {told}")
         return objective
 
+    def _rederives(self, objective: str) -> bool:
+        """Whether their DDIM takes the noise from the clipped x_0; early versions took the network's own."""
+        rederive = self._flag("rederive_pred_noise")
+        if objective != "pred_noise":  # then it is always the noise that fits x_0
+            return True
+        if rederive is None and self.parts.nested:
+            self.notes.append("assumed, for DDIM: rederive_pred_noise=True; early versions did not, override it then")
+        return rederive is not False
+
+    def _flag(self, name: str) -> bool | None:
+        value = self.given.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise CheckpointError(f"override {name} must be true or false; got {value!r}")
+        return value
+
     def say(self, config: LucidrainsConfig) -> None:
         """What was inferred, assumed and overridden, and what nothing told."""
         notes, given = self.notes, self.given
@@ -322,9 +338,7 @@ class _Settings:
             notes.append(f"fewer sampling_timesteps are DDIM there: method='ddim', steps={steps}, eta={eta} does as it")
 
     def _say_normalize(self) -> None:
-        normalize = self.given.get("auto_normalize")
-        if normalize not in (None, True, False):
-            raise CheckpointError(f"override auto_normalize must be true or false; got {normalize!r}")
+        normalize = self._flag("auto_normalize")
         if normalize is None:
             self.notes.append("assumed: auto_normalize=True, so that images are (x + 1) / 2")
         elif not normalize:

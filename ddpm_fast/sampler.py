@@ -97,7 +97,8 @@ class Sampler:
         keep = dtype != torch.float32 and self.model is not model
         self._original = Unchanged(model) if keep else None
         self.batch_size: int = batch_size if isinstance(batch_size, int) else self._chosen_batch()
-        self._even = batch_size == "auto"  # batches of one call about equal, so that no padding is drawn
+        # Where an image's bits do not depend on its batch, batches of one call are about equal: no padding is drawn.
+        self._even = batch_size == "auto" and self.ops.initial_noise is not None
         self._limit = batching.Limit()
         self._programs: OrderedDict[tuple[int, bool], tuple[Program, Runner]] = OrderedDict()
 

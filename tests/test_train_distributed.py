@@ -372,7 +372,7 @@ def test_killed_on_one_worker_and_resumed_by_one(tmp_path: Path, alone: Path) ->
     try:
         while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= moment):
             assert all(p.poll() is None for p in processes) and time.monotonic() < deadline_s
-            time.sleep(0.002)
+            time.sleep(0.02)
         processes[1].kill()
         processes[0].wait(timeout=60)  # it does not wait for the dead
     finally:

@@ -3,7 +3,7 @@
 torch's own kernel for channels_last takes the variance as the mean of squares less the square of the mean, from one
 running sum: of 128x128 pixels with a mean of one deviation it has float32 errors of 5e-6, of larger means more. Here
 squares are centred and sums cascade, which costs one pass more; the rest is one factor and one summand a channel.
-What is rounded to bfloat16 in the end may take torch's kernel, while means are mild.
+What is rounded to bfloat16 in the end may take torch's kernel, while means are mild, and so may small maps, in float64.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHED = 1 << 19  # elements for each core that are taken through all passes before the next images
 # |mean| in deviations up to which torch's kernel is off by a tenth at most of what bfloat16 rounds: 4e-4 of 512x512.
 MILD = 8.0
+SMALL = 1 << 15  # elements that torch's kernel takes in float64 sooner than ours its passes
 
 
 def norm_act(
@@ -53,6 +54,10 @@ def norm_act(
             residual=residual,
         )
     before, after = _rows(bias_row, row, n), _rows(scale_shift, row, n)
+    plain = before is None and after is None and residual is None
+    if plain and n * channels * h * w <= SMALL:
+        y = _by_torch(_wide(x, skip).double(), weight, bias, groups, eps)[0]
+        return _activate(y.float(), act).to(x.dtype)
     images = max(1, CACHED * torch.get_num_threads() // (channels * h * w))
     if images >= n and x.dtype == torch.float32:
         wide = _wide(x, skip)
@@ -64,10 +69,11 @@ def norm_act(
         wide = _wide(x[part], None if skip is None else skip[part])
         into = out[part] if x.dtype == torch.float32 else wide
         before_part, after_part, beside = (None if t is None else t[part] for t in (before, after, residual))
-        plain = x.dtype == torch.bfloat16 and before is after is residual is None
-        if plain and (quick := _by_torch(wide, weight, bias, groups, eps, act)) is not None:
-            out[part].copy_(quick)
-            continue
+        if plain and x.dtype == torch.bfloat16:
+            y, mean, rstd = _by_torch(wide, weight, bias, groups, eps)
+            if float((mean * rstd).abs().max()) <= MILD:  # not so for NaN
+                out[part].copy_(_activate(y, act))
+                continue
         y = _normalise(wide, weight, bias, groups, eps, act, before_part, after_part, beside, into)
         if y is not into or into is wide:
             out[part].copy_(y)
@@ -88,15 +94,17 @@ def _rows(table: Tensor | None, row: Tensor | None, n: int) -> Tensor | None:
 
 
 def _by_torch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, act: str
-) -> Tensor | None:
-    """act(norm(x)) of x [N, C, H, W] float32 by torch's kernel for channels_last; None where a mean is not mild."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised x [N, C, H, W], and each group's mean and reciprocal deviation [N, G], in x's dtype."""
     n, channels, h, w = x.shape
-    weight, bias = (None if t is None else t.float() for t in (weight, bias))
-    y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, h * w, groups, eps)
-    if not float((mean * rstd).abs().max()) <= MILD:  # or NaN
-        return None
-    return F.silu(y, inplace=True) if act in ("silu", "swish") else ACTIVATIONS[act](y)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    return torch.native_group_norm(x, weight, bias, n, channels, h * w, groups, eps)
+
+
+def _activate(x: Tensor, act: str) -> Tensor:
+    """act(x); x may be overwritten."""
+    return F.silu(x, inplace=True) if act in ("silu", "swish") else ACTIVATIONS[act](x)
 
 
 def _normalise(
@@ -132,8 +140,7 @@ def _normalise(
         factor, summand = factor * (1 + scale), torch.addcmul(shift, summand, 1 + scale)
     y = out.permute(0, 2, 3, 1).view(n, h * w, channels)
     torch.addcmul(summand.float(), pixels, factor.float(), out=y)
-    if act in ("silu", "swish"):
-        F.silu(out, inplace=True)
-    elif act != "none":
-        out.copy_(ACTIVATIONS[act](out))
+    active = _activate(out, act)
+    if active is not out:
+        out.copy_(active)
     return out if residual is None else out.add_(residual)

@@ -173,7 +173,7 @@ NORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("name", NORMS)
 def test_normalisation(name: str, mean: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """Whole and image by image, also where the mean is far larger than the deviation."""
+    """As a small map, whole and image by image, also where the mean is far larger than the deviation."""
     wanted = dict(NORMS[name])
     n, channels, skip = 2, 16, wanted.pop("skip", 0)
     groups, total = wanted.pop("groups", 4), channels + skip
@@ -188,10 +188,10 @@ def test_normalisation(name: str, mean: float, dtype: torch.dtype, monkeypatch: 
         wanted["residual"] = fresh((n, total, 9, 5), dtype, seed=6)
     args = (x, *affine, groups, 1e-5)
     before = x.clone()
-    whole = check_op(norm_cpu.norm_act, reference.norm_act, args, wanted)
-    assert whole.is_contiguous(memory_format=torch.channels_last) and torch.equal(x, before)
-    monkeypatch.setattr(norm_cpu, "CACHED", 1)
-    check_op(norm_cpu.norm_act, reference.norm_act, args, wanted)
+    for limit, value in (("SMALL", norm_cpu.SMALL), ("SMALL", 0), ("CACHED", 1)):
+        monkeypatch.setattr(norm_cpu, limit, value)
+        y = check_op(norm_cpu.norm_act, reference.norm_act, args, wanted)
+        assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(x, before)
 
 
 def test_normalisation_of_many_pixels_keeps_its_digits():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from .whole_files import whole_file
 
 FORMAT = 1
 KEPT_STATES = 2
@@ -26,18 +27,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     The temporary name is always the same, so a run that is killed again and again leaves one such file at most.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
+    with whole_file(path, path.with_name(path.name + ".tmp")) as stream:
         write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself lives in the directory
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_json(path: Path, content: object) -> None:

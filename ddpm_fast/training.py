@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -78,7 +79,7 @@ def train(
     where = distributed.own_device(where, distributed.of_environment())
     with distributed.join(where) as world, _own_random_state(where), _deterministic(where):
         trainer = world.together(lambda: Trainer(data, model_config, schedule, train_config, where, init_from, world))
-        run = _Run(trainer, out, progress)
+        run = world.together(lambda: _Run(trainer, out, progress))
         run.open(resume)
         return run.loop()
 
@@ -236,7 +237,8 @@ class _Run:
         diffusers.save(self.out, self.trainer.ema.model, self.trainer.schedule, label_names=names)
 
     def _preview(self, done: int) -> None:
-        """A grid of samples from the EMA weights, always from the same noise."""
+        """A grid of samples from the EMA weights, always from the same noise. A picture that cannot be drawn, for want
+        of memory or because it is not finite, is no reason to stop."""
         began_s = time.perf_counter()
         trainer, count = self.trainer, self.config.sample_count
         steps = min(self.config.sample_steps, trainer.schedule.num_train_timesteps)
@@ -244,8 +246,12 @@ class _Run:
         if trainer.model.config.num_class_embeds is not None:
             labels = torch.arange(count, device=trainer.device) % trainer.data.num_classes
         sampler = Sampler(trainer.ema.model, trainer.schedule, batch_size=count, steps=steps, device=trainer.device)
-        pixels = to_uint8(sampler.sample(count, seed=0, labels=labels)).cpu().numpy()
-        save_picture(self.out / "samples" / f"step_{done:09d}.png", grid(pixels))
+        try:
+            pixels = to_uint8(sampler.sample(count, seed=0, labels=labels)).cpu().numpy()
+        except RuntimeError as error:
+            warnings.warn(f"no samples at step {done}: {error}", RuntimeWarning, stacklevel=2)
+        else:
+            save_picture(self.out / "samples" / f"step_{done:09d}.png", grid(pixels))
         self._interval_began_s += time.perf_counter() - began_s
 
     def _evaluate(self, done: int) -> None:

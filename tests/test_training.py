@@ -295,6 +295,18 @@ def test_sample_grids_show_the_average_and_disturb_nothing(finished: Path, tmp_p
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples/step_000000006.png")), want)
 
 
+def test_a_picture_that_cannot_be_drawn_does_not_stop_training(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Sampler, *args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("memory must hold one image at a time, and does not")
+
+    monkeypatch.setattr(Sampler, "sample", fail)
+    with pytest.warns(RuntimeWarning, match="no samples at step 6: memory must hold one image"):
+        run(tmp_path, sample_every=6)
+    assert_same_run(tmp_path, finished, 6)
+
+
 def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(1)
     want = torch.rand(4)

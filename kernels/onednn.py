@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections import OrderedDict
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,31 +48,43 @@ def _tried(dtype: torch.dtype) -> bool:
     return bool((y[:, :, 1:3, 1:3] == 2 * 16 * 9 + 1).all() or (dtype != torch.float32 and y[0, 0, 1, 1] == 288))
 
 
+class _Calls(NamedTuple):
+    """torch's calls into oneDNN. Found by name once: that costs as much as a small convolution."""
+
+    arrange: Any
+    convolve: Any
+    add: Any
+    accumulate: Any
+
+
+@cache
+def _calls() -> _Calls:
+    ops = torch.ops.mkldnn
+    plain, in_place = ops._convolution_pointwise, ops._convolution_pointwise_
+    return _Calls(ops._reorder_convolution_weight.default, plain.default, plain.binary, in_place.binary)
+
+
 def _arranged(weight: Tensor, shape: torch.Size, stride: int, padding: int) -> Tensor:
     """The weights in the blocked layout that oneDNN prefers for an input of ``shape``."""
     weight = weight.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight, [padding, padding], [stride, stride], [1, 1], 1, list(shape)
-    )
+    return _calls().arrange(weight, [padding, padding], [stride, stride], [1, 1], 1, list(shape))
 
 
 def _convolve(x: Tensor, arranged: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, arranged, bias, [padding, padding], [stride, stride], [1, 1], 1, "none", [], ""
-    )
+    return _calls().convolve(x, arranged, bias, [padding, padding], [stride, stride], [1, 1], 1, "none", [], "")
 
 
 def _add(x: Tensor, other: Tensor, arranged: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """other + the convolution, as a new tensor."""
     bias = None if bias is None else bias.to(x.dtype)  # this form takes no other
-    return torch.ops.mkldnn._convolution_pointwise.binary(
+    return _calls().add(
         x, other, arranged, bias, [padding, padding], [stride, stride], [1, 1], 1, "add", None, None, [], None
     )
 
 
 def _accumulate(y: Tensor, x: Tensor, arranged: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """y += the convolution."""
-    return torch.ops.mkldnn._convolution_pointwise_.binary(
+    return _calls().accumulate(
         y, x, arranged, bias, [padding, padding], [stride, stride], [1, 1], 1, "add", 1.0, None, [], None
     )
 

@@ -1,6 +1,6 @@
 """Nearest-neighbour upsampling by 2 and a 3x3 convolution, as 1x1 or 2x2 convolutions of the small map.
 
-Two forms, both exact in real arithmetic:
+Two forms, both exact in real arithmetic, beside the direct one that small maps take:
 
 - differences, 9 products a pixel instead of 36. Along one axis, with taps w0, w1, w2, S = w0 + w1 + w2 and
   e_i = d_i - d_{i-1} (zeros outside): y[2i] = S d_i - w0 e_i and y[2i+1] = S d_i + w2 e_{i+1}; both axes in turn.
@@ -19,9 +19,11 @@ from . import onednn, reference
 from .onednn import Weight
 from .reference import Shortcut
 
+DIRECT = 5e7  # FLOPs of the direct form, up to which the calls that the others take cost more than they save
+
 
 class PackedUpsample:
-    """Weights of `upsample_conv` in one of the two forms."""
+    """Weights of `upsample_conv`, made into those of a form when it is first needed."""
 
     size, phases = 2, 4
 
@@ -29,19 +31,29 @@ class PackedUpsample:
         self.out_channels, self.channels = weight.shape[0], (weight.shape[1],)
         self.dtype, self.device = dtype, weight.device
         self.computed = onednn.compute_dtype(dtype)
-        make = _differences if dtype == torch.float32 else _summed_taps
-        self.parts = [Weight(part.to(dtype).to(self.computed)) for part in make(weight.detach().double())]
+        self._weight = weight.detach().clone()
+        self._parts: dict[str, list[Weight]] = {}
 
-    @property
-    def by_differences(self) -> bool:
-        return len(self.parts) == 6
+    def form(self, shape: torch.Size) -> str:  # [N, C, H, W]
+        """Which of `_FORMS` an input takes."""
+        n, channels, h, w = shape
+        if 2 * 36 * n * h * w * channels * self.out_channels <= DIRECT:
+            return "direct"
+        return "differences" if self.dtype == torch.float32 else "taps"
+
+    def parts(self, form: str) -> list[Weight]:
+        """Weights of a form; taps are summed in float64 and rounded once."""
+        if form not in self._parts:
+            made = _FORMS[form](self._weight.double())
+            self._parts[form] = [Weight(part.to(self.dtype).to(self.computed)) for part in made]
+        return self._parts[form]
 
     def tensors(self) -> list[Tensor]:
-        return [t for part in self.parts for t in part.tensors()]
+        return [self._weight, *(t for parts in self._parts.values() for part in parts for t in part.tensors())]
 
 
 def pack_upsample_conv(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedUpsample:  # [K, C, 3, 3]
-    """Taps are summed in float64 and rounded to ``dtype`` once."""
+    """Weights for ``dtype``. They are kept as they are beside the sums made of them."""
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"upsample_conv needs [K, C, 3, 3] weights; got {list(weight.shape)}; use upsample, then conv")
     return PackedUpsample(weight, dtype or weight.dtype)
@@ -73,6 +85,9 @@ def _fold(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return torch.stack((first, middle + last), axis), torch.stack((first + middle, last), axis)
 
 
+_FORMS = {"direct": lambda weight: [weight], "differences": _differences, "taps": _summed_taps}
+
+
 def upsample_conv(
     x: Tensor,  # [N, C, H, W], channels_last
     weight: PackedUpsample | Tensor,
@@ -93,20 +108,24 @@ def upsample_conv(
         return y.contiguous(memory_format=torch.channels_last)
     beside, total = onednn.around(x, bias, time, row, shortcut, weight.computed)
     source = x.to(weight.computed).contiguous(memory_format=torch.channels_last)
-    y = (_by_differences if weight.by_differences else _by_taps)(source, weight, total)
+    form = weight.form(source.shape)
+    parts = weight.parts(form)
+    if form == "direct":
+        y = parts[0].convolve(reference.upsample(source), total, padding=1)
+    else:
+        y = (_by_differences if form == "differences" else _by_taps)(source, parts, weight.out_channels, total)
     if beside is not None:
         y = y.add_(beside)
     return onednn.finish(y, onednn.time_of_images(x, time, row), residual, scale, x.dtype)
 
 
-def _by_differences(x: Tensor, weight: PackedUpsample, bias: Tensor | None) -> Tensor:
+def _by_differences(x: Tensor, parts: list[Weight], k: int, bias: Tensor | None) -> Tensor:
     n, _, h, w = x.shape
-    k = weight.out_channels
     across, down = difference(x, 3), difference(x, 2)
     edge = difference(across, 2)
 
     def product(source: Tensor, part: int, bias: Tensor | None = None) -> Tensor:
-        return weight.parts[part].convolve(source, bias).permute(0, 2, 3, 1)
+        return parts[part].convolve(source, bias).permute(0, 2, 3, 1)
 
     def row_of_pairs(whole: Tensor, edges: Tensor) -> Tensor:
         """[N, h, W, K] + [N, h, W + 1, 2K] -> [N, h, W, 2, K]: what is common to two outputs, and their edges."""
@@ -133,11 +152,11 @@ def difference(x: Tensor, axis: int) -> Tensor:  # [N, C, H, W], channels_last
     return e
 
 
-def _by_taps(x: Tensor, weight: PackedUpsample, bias: Tensor | None) -> Tensor:
+def _by_taps(x: Tensor, parts: list[Weight], k: int, bias: Tensor | None) -> Tensor:
     n, _, h, w = x.shape
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
-    y = torch.empty((n, h, 2, w, 2, weight.out_channels), dtype=x.dtype)
-    for i, part in enumerate(weight.parts):
+    y = torch.empty((n, h, 2, w, 2, k), dtype=x.dtype)
+    for i, part in enumerate(parts):
         a, b = divmod(i, 2)
         y[:, :, a, :, b] = part.convolve(padded[:, :, a : a + h + 1, b : b + w + 1], bias).permute(0, 2, 3, 1)
-    return y.view(n, 2 * h, 2 * w, weight.out_channels).permute(0, 3, 1, 2)
+    return y.view(n, 2 * h, 2 * w, k).permute(0, 3, 1, 2)

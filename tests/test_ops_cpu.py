@@ -131,8 +131,10 @@ def test_weights_follow_the_input_s_shape_and_are_held_once():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(7, 5), (1, 1), (1, 4), (2, 8)])
 @pytest.mark.parametrize("form", ["plain", "row", "images", "residual", "shortcut"])
-def test_upsampling_convolution(form: str, size: tuple[int, int], dtype: torch.dtype, backend: str):
-    """Weights are float32 where they are packed: taps are summed before they are rounded."""
+def test_upsampling_convolution(
+    form: str, size: tuple[int, int], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Directly, and as for a large map. Weights are float32 where they are packed: taps are summed, then rounded."""
     n, c, k = 2, 12, 20
     x, weight, bias = fresh((n, c, *size), dtype, seed=1), normal(k, c, 3, 3, seed=2) / 10, normal(k, seed=3)
     forms: dict[str, dict[str, Any]] = {
@@ -149,8 +151,11 @@ def test_upsampling_convolution(form: str, size: tuple[int, int], dtype: torch.d
         options["shortcut"] = Shortcut(beside, None, side, None)
         own["shortcut"] = Shortcut(beside, None, onednn.pack_conv(side, dtype=dtype), None)  # type: ignore[arg-type]
     packed = upsample_difference.pack_upsample_conv(weight, dtype=dtype)
-    assert packed.by_differences == (dtype == torch.float32)
     given = ([x, weight, bias], options, [x, packed, bias], own)
+    assert packed.form(x.shape) == "direct"
+    hold(upsample_difference.upsample_conv, reference.upsample_conv, given)
+    monkeypatch.setattr(upsample_difference, "DIRECT", 0)
+    assert packed.form(x.shape) == ("differences" if dtype == torch.float32 else "taps")
     hold(upsample_difference.upsample_conv, reference.upsample_conv, given)
 
 
@@ -222,7 +227,11 @@ def test_normalisation_of_many_pixels_keeps_its_digits():
         {"act_fn": "gelu", "time_embedding_type": "fourier", "norm_num_groups": 2},
     ],
 )
-def test_a_network_keeps_the_house_rule(changes: dict[str, Any], dtype: torch.dtype, backend: str):
+def test_a_network_keeps_the_house_rule(
+    changes: dict[str, Any], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(upsample_difference, "DIRECT", 0)
+    monkeypatch.setattr(norm_cpu, "SMALL", 0)
     model = unet({**TINY, **changes})
     x, t = fresh((2, 3, 8, 8), dtype, seed=1), torch.tensor([700.0, 3.0])
     labels = None if model.class_embedding is None else torch.tensor([2, 0])

@@ -17,9 +17,11 @@ from torch import Tensor
 from ddpm_fast import ops as sets
 from ddpm_fast.benchmarking.checks import allowances
 from ddpm_fast.benchmarking.timing import Run, copies_for, rotated
-from ddpm_fast.kernels import cost
+from ddpm_fast.kernels import cost, reference
 from ddpm_fast.kernels.cost import Cost
 from ddpm_fast.ops import Ops
+from ddpm_fast.schedule import Schedule
+from ddpm_fast.step_table import step_table
 from ddpm_fast.verification import error
 
 GROUPS, EPS = 32, 1e-6
@@ -56,6 +58,10 @@ class Operation:
             return cost.attention(x, dtype)
         if self.name == "norm_act":
             return cost.norm_act(x, dtype, skip_channels=self.skip_channels)
+        if self.name == "sampler_step":
+            return cost.sampler_step(x, dtype)
+        if self.name == "conv_step":
+            return cost.conv_step(x, k, dtype, low_channels=None)
         if self.name == "upsample_conv":
             return cost.upsample_conv(x, k, dtype)
         kernel = 1 if self.name == "conv1x1" else 3
@@ -83,7 +89,13 @@ OPERATIONS = (
     Operation("norm_conv", 256, 16, 256),
     Operation("norm_conv", 256, 16, 256, 256),
     Operation("attention", 256, 16),
+    Operation("sampler_step", 3, 32),
+    Operation("conv_step", 128, 32, 3),
 )
+STEPS = ("sampler_step", "conv_step")  # they read x_t, float32, and draw noise
+
+
+_ROWS = step_table(Schedule(), None, "ddpm").rows[500:501]  # one row is all that a step reads
 
 
 @dataclass(frozen=True)
@@ -113,17 +125,23 @@ def weights(op: Operation, device: torch.device) -> Weights:
 
 
 def inputs(op: Operation, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-    """x, and the skip where there is one, channels_last."""
+    """x, and the skip where there is one, channels_last; of the steps x_t [N, 3, H, W] float32 before them."""
     g = torch.Generator().manual_seed(seed)
     shapes = [op.shape(batch)]
     if op.skip_channels:
         shapes.append((batch, op.skip_channels, op.height, op.height))
     drawn = (torch.randn(s, generator=g).to(device, dtype) for s in shapes)
-    return tuple(x.contiguous(memory_format=torch.channels_last) for x in drawn)
+    maps = tuple(x.contiguous(memory_format=torch.channels_last) for x in drawn)
+    if op.name not in STEPS:
+        return maps
+    return (torch.randn((batch, 3, op.height, op.height), generator=g).to(device), *maps)
 
 
 def by_set(op: Operation, chosen: Ops, w: Weights, dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(entering: tensors -> feature maps, call: feature maps -> tensor) of one of our sets."""
+    if op.name in STEPS:
+        alone = op.name == "sampler_step"  # then y is the network's output, a tensor
+        return lambda x, y: (x, y if alone else chosen.enter(y)), _step(op, chosen, w, dtype)
     packed = None
     if w.conv is not None:
         pack = chosen.pack_upsample_conv if op.name == "upsample_conv" else chosen.pack_conv
@@ -140,7 +158,40 @@ def by_set(op: Operation, chosen: Ops, w: Weights, dtype: torch.dtype) -> tuple[
     }
     call = calls.get(op.name, lambda x: chosen.conv(x, packed, w.bias))
     # A set may postpone work until its result is read as a tensor.
-    return chosen.enter, lambda *maps: chosen.leave(call(*maps))
+    return lambda *tensors: tuple(map(chosen.enter, tensors)), lambda *maps: chosen.leave(call(*maps))
+
+
+def _step(op: Operation, chosen: Ops, w: Weights, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """(x_t, map) -> x_{t-1}: alone, or behind the last convolution, in one launch where the set has that.
+
+    On a GPU the step draws its noise; the sets of a CPU are given it, as by the engine.
+    """
+    packed: Any = None
+    fused = op.name == "conv_step" and chosen.conv_step is not None and chosen.pack_step_conv is not None
+    if w.conv is not None:
+        pack: Any = chosen.pack_step_conv if fused else chosen.pack_conv
+        packed = pack(w.conv, *((3,) if fused else ()), dtype=dtype)
+    draws = chosen.initial_noise is not None
+    held: dict[str, Any] = {}
+
+    def call(x: Tensor, y: Any) -> Tensor:
+        if not held:  # of the device and batch that the first call shows
+            held["state"] = (_ROWS.to(x.device, x.dtype), torch.zeros(2, dtype=torch.int32, device=x.device))
+            held["key"] = (torch.zeros(1, dtype=torch.int64, device=x.device), torch.arange(len(x), device=x.device))
+            held["x_prev"] = torch.empty_like(x)
+            seed, ids = held["key"]
+            z = reference.philox_normal(seed, ids, held["state"][1][:1], x.shape[1:])
+            held["noise"] = {} if draws else {"noise": z}
+        rows, counter = held["state"]
+        counter.zero_()
+        around = {"variance": "fixed", "x_prev": held["x_prev"]}
+        if fused:
+            assert chosen.conv_step is not None
+            return chosen.conv_step(y, packed, w.bias, x, rows, counter, *held["key"], **around)
+        out = y if packed is None else chosen.leave(chosen.conv(y, packed, w.bias))
+        return chosen.sampler_step(x, out, rows, counter, *held["key"], **held["noise"], **around)
+
+    return call
 
 
 def by_torch(op: Operation, w: Weights, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -161,8 +212,15 @@ def by_torch(op: Operation, w: Weights, dtype: torch.dtype) -> Callable[..., Ten
         y = F.scaled_dot_product_attention(q, k, v)
         return y.reshape(n, h, side, width // 3).permute(0, 3, 1, 2)
 
+    def step(x: Tensor, out: Tensor) -> Tensor:
+        kx, ko, clip, c0, cx = _ROWS[0, :5].tolist()
+        x0 = (kx * x + ko * out.float()).clamp(-clip, clip)
+        return c0 * x0 + cx * x + float(_ROWS[0, reference.SIGMA]) * torch.randn_like(x)
+
     calls: dict[str, Callable[..., Tensor]] = {
         "attention": attention,
+        "sampler_step": step,
+        "conv_step": lambda x, y: step(x, convolved(y)),
         "norm_act": normed,
         "upsample_conv": lambda x: convolved(F.interpolate(x, scale_factor=2.0, mode="nearest")),
         "norm_conv": lambda x, skip=None: convolved(normed(x, skip)),
@@ -180,15 +238,15 @@ def prepared(
     """
     w = weights(op, device)
     tensors = inputs(op, batch, dtype, device)
-    enter: Callable[..., Any] = lambda x: x  # noqa: E731
-    if who == "torch":
-        call: Callable[..., Any] = by_torch(op, w, dtype)
+    wrong = None
+    if who == "torch":  # what others are compared with
+        enter, call = (lambda *t: t), by_torch(op, w, dtype)
     else:
         enter, call = by_set(op, getattr(sets, who)(), w, dtype)
-    wrong = _wrong(op, call(*map(enter, tensors)), w, tensors, dtype)
+        wrong = _wrong(op, call(*enter(*tensors)), w, tensors, dtype)
     held = sum(t.numel() * t.element_size() for t in tensors)
     count = min(copies_for(held, cache_bytes), MOST_COPIES)
-    copies = [tuple(enter(t.clone()) for t in tensors) for _ in range(count)]
+    copies = [enter(*(t.clone() for t in tensors)) for _ in range(count)]
     return rotated(torch.inference_mode()(call), copies), wrong
 
 
@@ -196,8 +254,11 @@ def _wrong(op: Operation, got: Tensor, w: Weights, tensors: tuple[Tensor, ...], 
     wide = Weights(*(None if v is None else v.double() for v in (w.norm, w.shift, w.conv, w.bias)))
     _, true_call = by_set(op, sets.reference(), wide, torch.float64)
     truth = true_call(*(t.double() for t in tensors))
-    ours, theirs = error(got, truth), error(by_torch(op, w, dtype)(*tensors), truth)
-    largest, rms = allowances(dtype, theirs.largest, theirs.rms, TIMES)
+    # Of a step torch draws other noise: there the definition, in the same dtype, sets what an error may be.
+    plain = by_set(op, sets.reference(), w, dtype)[1] if op.name in STEPS else by_torch(op, w, dtype)
+    ours, theirs = error(got, truth), error(plain(*tensors), truth)
+    result = torch.float32 if op.name in STEPS else dtype
+    largest, rms = allowances(result, theirs.largest, theirs.rms, TIMES)
     if ours.largest <= largest and ours.rms <= rms:
         return None
     return f"largest error {ours.largest:.2e} ({largest:.2e} allowed), RMS {ours.rms:.2e} ({rms:.2e} allowed)"

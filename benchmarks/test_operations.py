@@ -7,6 +7,7 @@ is not right fails, and has no time.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -64,5 +65,10 @@ def rates(op: Operation, batch: int, dtype: torch.dtype, seconds: float) -> dict
         "gb_per_s": cost.bytes / seconds / 1e9,
         "tflop_per_s": cost.flops / seconds / 1e12,
         "share_of_roof": roof.share(op.roof, cost.flops, cost.bytes, seconds),
-        "environment": environment(DEVICE),
+        "environment": _environment(),
     }
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return environment(DEVICE)

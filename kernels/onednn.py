@@ -19,6 +19,7 @@ from . import reference
 from .reference import Shortcut
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WORTH = 1 << 16  # weights of a convolution from which arranging them anew at each call costs more than packed calls do
 CACHED_SHAPES = 2  # input shapes whose arrangement of a weight is kept: whole batches, and the last partial one
 
 
@@ -94,7 +95,7 @@ class Weight:
 
     def __init__(self, weight: Tensor):
         self.shape, self.dtype = weight.shape, weight.dtype
-        self._packs = computes(weight.dtype)
+        self._packs = weight.numel() >= WORTH and computes(weight.dtype)
         self._plain: Tensor | None = weight.clone(memory_format=torch.channels_last)
         self._arranged: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
@@ -237,7 +238,13 @@ def _sources(x: Tensor, skip: Tensor | None, weight: PackedConv) -> list[Tensor]
         given = [torch.cat(given, dim=1)]
         if len(weight.channels) > 1:
             given = list(given[0].split(list(weight.channels), dim=1))
-    return [g.to(weight.computed).contiguous(memory_format=torch.channels_last) for g in given]
+    return [_lying(g, weight.computed) for g in given]
+
+
+def _lying(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:
@@ -285,4 +292,4 @@ def finish(y: Tensor, time: Tensor | None, residual: Tensor | None, scale: float
         y = y.add_(residual)
     if scale != 1.0:
         y = y.mul_(scale)
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)

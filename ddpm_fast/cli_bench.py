@@ -66,7 +66,12 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(metavar="N...", help="Images drawn together.")] = "1,4,16",
     providers: Annotated[
-        str | None, typer.Option(metavar="NAME...", help="Who draws. Default: all that this device can have.")
+        str | None,
+        typer.Option(
+            metavar="NAME...",
+            help="Who draws: cpu, winograd, reference, triton (or triton-none, -step, -chunk, -loop), diffusers, "
+            "diffusers-channels-last, diffusers-compile, openvino, onnxruntime, guided. Default: by the device.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME...", help="Default: float32 and bfloat16; on a GPU float16 too.")

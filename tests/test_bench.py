@@ -354,6 +354,14 @@ def test_a_mistake_costs_one_line(monkeypatch, tmp_path: Path, capsys, words, me
     assert message in err and err.count("\n") == 1
 
 
+def test_the_help_names_every_provider(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert command(monkeypatch, tmp_path, "bench", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in providers.providers():
+        assert (name if not name.startswith("triton-") else name.removeprefix("triton")) in shown, name
+
+
 def test_roofs_by_the_command(monkeypatch, tmp_path: Path, capsys) -> None:
     assert command(monkeypatch, tmp_path, "roofs", "--json", "--dtype", "float32") == 0
     (found,) = json.loads(capsys.readouterr().out)

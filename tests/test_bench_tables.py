@@ -78,6 +78,9 @@ def test_what_is_written(root: Path) -> None:
     for fact in ("Example CPU, 2 cores, 2 threads", "torch 2.13", "commit 0123456789ab;", "`ddpm-fast bench tiny`"):
         assert fact in text
     assert (root / "docs" / "performance.md").read_text() == "no tables\n"
+    assert "busy" not in text
+    busy = {**FOUND, "environment": {**FOUND["environment"], "load_average": 7.25}}
+    assert "The machine was busy when this began (load 7.2)" in tables.markdown(busy)
 
 
 def test_the_same_json_gives_the_same_page(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
+BUSY = 1.0  # processes that wanted a core before we did
 SPEED = ("provider", "dtype", "ms a step", "images/s", "times as fast", "share of roof")
 FULL = (*SPEED, "error (allowed)", "trajectory error", "first step s", "first image s", "peak MiB")
 
@@ -62,6 +63,9 @@ def notes(found: dict[str, Any]) -> list[str]:
     ]
     if found["clock"] == "cpu":
         lines.append("Times are of the processor, not of the wall: ratios hold, images/s is of an idle machine.")
+    load = found["environment"].get("load_average") or 0.0
+    if load > BUSY:
+        lines.append(f"The machine was busy when this began (load {load:.1f}): times are longer than on an idle one.")
     if found["timed_steps"] < found["chain"]:
         lines.append(f"* extrapolated from {found['timed_steps']} of {found['chain']} steps.")
     if any(r.get("share_of_convolution_roof") for r in timed):

@@ -72,7 +72,7 @@ def _at_row(model: UNet, x: torch.Tensor, which: ops.Ops, rows: dict[str, torch.
 
 def test_samples_on_fused_operations_are_those_of_the_reference(device: torch.device):
     model = unet({**SMALL, "sample_size": 4})
-    kwargs: dict[str, Any] = {"steps": CHAIN[:2], "device": device, "graph": "none"}
+    kwargs: dict[str, Any] = {"steps": CHAIN[:1], "device": device, "graph": "none"}
     plain = Sampler(model, Schedule(), ops="reference", **kwargs).sample(2, seed=3)
     fused = Sampler(model, Schedule(), ops="triton", **kwargs).sample(2, seed=3)
     assert relative_error(fused, plain) <= 1e-5

@@ -128,6 +128,7 @@ class Sampler:
         progress: bool = False,
         callback: Callable[[int, Tensor], None] | None = None,
         interval: int | None = None,  # steps; None: 1 with a callback, and for a bar alone what costs nothing
+        check_finite: bool = True,
     ) -> Tensor:  # [n, C, H, W] float32, in [-1, 1] where the schedule clips
         """Draw samples first_id .. first_id + n - 1 of ``seed``.
 
@@ -138,7 +139,8 @@ class Sampler:
         begins again, smaller, at step 0.
 
         Images with NaN or infinity are drawn again in float32 if the network ran in another dtype, with a warning;
-        RuntimeError names the ids and steps of those that are still not finite.
+        RuntimeError names the ids and steps of those that are still not finite. Without check_finite they are
+        returned as they are, and the end of the call does not wait for the device.
         """
         if n < 0:
             raise ValueError(f"n must be 0 or more; got {n}")
@@ -182,7 +184,7 @@ class Sampler:
                     finite[rows.start : rows.stop] = finite_images(x)
 
                 self._in_parts(call, unit, draw)
-        if not finite.all():  # waits for the device, once
+        if check_finite and not finite.all():  # waits for the device, once
             rows, times = (~finite).nonzero().flatten().tolist(), self.table.timesteps
             repair(call, rows, result, self.dtype, times, self._draw_watched, self._in_float32)
         return result

@@ -327,6 +327,11 @@ def test_ids_and_steps_of_nan_are_named(batch_size: int):
     assert str(caught.value) == f"images must be finite; in float32 these are not: {named}; look at the model's weights"
 
 
+def test_unchecked_images_come_as_they_are():
+    x = sampler(lambda x, t: x * float("nan")).sample(2, check_finite=False)
+    assert x.isnan().all()
+
+
 def test_many_ids_are_counted():
     with pytest.raises(RuntimeError, match=r"id 0 from step 1 of 12 \(t = 11\), .*id 7 from .* and 12 more; look"):
         sampler(lambda x, t: x * float("nan")).sample(20)

@@ -234,3 +234,23 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype):
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
     assert not seen[0][0].isnan().any()
+
+
+def test_silu_of_any_value():
+    """Where e^-x leaves float32 too: torch's own to a few units in the last place."""
+    few = torch.tensor([-3e4, -88.5, -87.2, 0.0, 88.5, 3e4, 1e30])
+    sizes = torch.cat((torch.linspace(-120, 120, 1000), few))
+    x = sizes.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(1, x.shape[1]), torch.zeros(1, x.shape[1])
+    got = ops_winograd.kernels(torch.float32).norm_apply(Source(x, None, one, zero, AFFINE_SILU))
+    truth = F.silu(x.double())
+    assert ((got.double() - truth).abs() <= 5 * 2.0**-24 * truth.abs() + 1e-33).all()
+
+
+def test_bfloat16_is_rounded_to_nearest_even():
+    """Half units in the last place added to odd and even values, and infinity."""
+    x = torch.tensor([1.0, 1 + 2.0**-7, -1.0, -1 - 2.0**-7, 3.0, 2.0**100, float("inf"), 1e-30]).bfloat16()
+    shift = torch.tensor([2.0**-8, 2.0**-8, -(2.0**-8), -(2.0**-8), 2.0**-8 * 1.01, 0.0, 0.0, 0.0])
+    source = Source(x.view(1, 8, 1, 1), None, torch.ones(1, 8), shift[None], AFFINE)
+    got = ops_winograd.kernels(torch.bfloat16).norm_apply(source)
+    assert torch.equal(got.flatten(), (x.float() + shift).bfloat16())

@@ -417,3 +417,14 @@ def test_a_manifest_of_a_sampler_names_what_changes_its_images():
 @pytest.mark.parametrize("n, batch, size", [(50_000, 64, 64), (50_000, 256, 256), (10_000_000, 256, 10_240), (3, 3, 3)])
 def test_shards_are_whole_batches_and_about_a_thousand_at_most(n: int, batch: int, size: int):
     assert store_manifest.shard_size(n, batch) == size and -(-n // size) <= 1000
+
+
+def test_the_benchmark_of_the_store(tmp_path: Path):
+    from benchmarks.store import overhead, resume
+
+    loaded = df.load()
+    share = overhead(loaded, tmp_path / "a", n=2, batch_size=1, steps=2)
+    assert 0 < share["store_s"] and share["overhead"] == pytest.approx(share["store_s"] / share["sampling_s"])
+    assert SampleStore.open(tmp_path / "a").whole()
+    start = resume(loaded, tmp_path / "b", shards=5, shard_size=2, repeats=1)
+    assert start["shards"] == 5 and start["resume_start_s"] > 0 and SampleStore.open(tmp_path / "b").whole()

@@ -21,7 +21,7 @@ from ddpm_fast.choose_ops import choose_ops
 from ddpm_fast.kernels import host_memory, norm_cpu, onednn, reference, upsample_difference
 from ddpm_fast.kernels.reference import Shortcut
 from ddpm_fast.ops_cpu import channels_last
-from ddpm_fast.prepared import prepare
+from ddpm_fast.prepared import prepare, weight_bytes
 from ddpm_fast.unet import TimeRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,6 +211,14 @@ def test_normalisation_of_many_pixels_keeps_its_digits():
         check(F.group_norm(x, 2, eps=1e-5), same, truth)
 
 
+def test_bfloat16_leaves_torch_s_kernel_where_means_are_large(monkeypatch: pytest.MonkeyPatch):
+    args = (fresh((1, 8, 128, 128), torch.bfloat16, seed=1, mean=250.0), None, None, 2, 1e-5)
+    check_op(norm_cpu.norm_act, reference.norm_act, args, {"act": "none"})
+    monkeypatch.setattr(norm_cpu, "MILD", 1e9)
+    with pytest.raises(AssertionError, match="error"):
+        check_op(norm_cpu.norm_act, reference.norm_act, args, {"act": "none"})
+
+
 # --- the set ---
 
 
@@ -283,6 +291,11 @@ def test_gradients_and_other_devices_are_refused():
 
 class _OnCuda(Tensor):
     device = torch.device("cuda")  # type: ignore[assignment]
+
+
+def test_packed_weights_are_counted():
+    held = [weight_bytes(prepare(unet(TINY), torch.float32, "cpu", which)) for which in (ops.cpu(), ops.reference())]
+    assert held[0] == held[1] > 10_000
 
 
 def test_float64_is_the_reference_s():

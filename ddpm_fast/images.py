@@ -85,6 +85,8 @@ class Film:
     def callback(self, step: int, x: Tensor) -> None:
         if len(self.frames) == len(self._wanted):
             return  # later batches
+        if step == 0:  # a batch that starts over, in halves
+            self.frames.clear()
         if step in self._wanted:
             self.frames.append(self._to_uint8(x[: self._images]).cpu().numpy())
 

@@ -193,3 +193,12 @@ def test_a_film_of_more_images_than_it_shows():
     film, shown = film_of(3, n=11)
     assert all(len(f) == 8 for f in film.frames)
     assert np.array_equal(film.frames[0], to_uint8(shown[0][:8]).numpy())
+
+
+def test_a_film_of_a_batch_that_starts_over():
+    """Where memory ended, the first batch is drawn again in halves."""
+    film = images.Film(3, to_uint8)
+    shown = [torch.full((4, 3, 2, 2), value) for value in (-1.0, -0.5, 0.0, 0.5)]
+    for step in (0, 1, 0, 1, 2, 3, 0, 1, 2, 3):
+        film.callback(step, shown[step])
+    assert [int(f.flat[0]) for f in film.frames] == [int(to_uint8(x).flatten()[0]) for x in shown]

@@ -144,7 +144,9 @@ def describe_text(facts: dict[str, Any]) -> str:
         lines.append(f"  classes     {m['num_class_embeds']}")
     lines += _lucidrains_lines(m) if "dim_mults" in m else _unet_lines(m)
     betas = "trained betas" if s["trained_betas"] else f"{s['beta_schedule']} {s['beta_start']}..{s['beta_end']}"
-    lines.append(f"  schedule    T={s['num_train_timesteps']}, {betas}, {s['prediction_type']}, {s['variance_type']}")
+    process = [f"T={s['num_train_timesteps']}", betas, s["prediction_type"]]
+    process += [s["variance_type"]] if s.get("method", "ddpm") == "ddpm" else []  # DDIM's is eta's
+    lines.append("  schedule    " + ", ".join(process))
     lines += _drawing_lines(s, facts["steps"])
     lines += [
         f"  operations  {count} x {why}, so on torch's operations"

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folder import CONFIG, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from ddpm_fast.checkpoints import CheckpointError, unwrap
+from ddpm_fast.checkpoints import CheckpointError, diffusers, unwrap
 from ddpm_fast.checkpoints.family import Found, check_storage
 from ddpm_fast.checkpoints.files import (
     CRC_FIELD,
@@ -33,11 +34,13 @@ from ddpm_fast.checkpoints.files import (
     read_weights,
     safetensors_bytes,
 )
+from ddpm_fast.schedule import Schedule
 
 CASES = {
-    "damaged safetensors": 2600,
+    "damaged safetensors": 2300,
     "safetensors headers": 1600,
     "JSON": 800,
+    "settings": 300,
     "shard indices": 1000,
     "damaged zips": 1500,
     "pickles inside sound zips": 1200,
@@ -238,6 +241,31 @@ def test_json(tmp_path: Path) -> None:
         assert content is None or isinstance(content, dict)
 
     cases("JSON", check)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_settings() -> None:
+    """Well-formed config.json and scheduler_config.json that say nonsense: refused, or a model and a schedule."""
+    state, config = tiny().state_dict(), CONFIG.to_dict()
+    scheduler = {"_class_name": "DDPMScheduler", **Schedule().to_dict(), "method": "ddpm", "beta_min": 0.1}
+    words = ["DownBlock2D", "SkipDownBlock2D", ["SkipUpBlock2D"] * 2, [4, 4], "fourier", "learned", "timestep", "ddim"]
+    words += ["DDIMScheduler", "PNDMScheduler", "ScoreSdeVpScheduler", "sections", "250", [[1]], float("nan"), 10**6]
+
+    def check(rng: random.Random) -> None:
+        files: list[dict[str, Any]] = [dict(config), dict(scheduler)]
+        for _ in range(rng.randint(1, 4)):
+            file = rng.choice(files)
+            file[rng.choice(sorted(file))] = rng.choice([*HOSTILE, *words])
+        try:
+            found = Found("here", Path("here"), state, config=files[0], scheduler=files[1])
+            checkpoint = diffusers.FAMILY.load(found)  # type: ignore[misc]
+        except CheckpointError as error:
+            assert str(error).isprintable() and len(str(error)) > 20
+            return
+        assert all(bool(p.isfinite().all()) for p in checkpoint.model.parameters())
+        assert checkpoint.schedule.alphas_cumprod.ndim == 1
+
+    cases("settings", check)
 
 
 def test_shard_indices(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def write(
         return write_openai(checkpoint.model, checkpoint.schedule, Path(out), dtype)
     model, schedule, notes = for_diffusers(checkpoint.model, checkpoint.schedule)
     save(out, model, schedule, dtype=dtype, label_names=checkpoint.labels)
-    if schedule.num_train_timesteps != 1000:
+    if schedule.num_train_timesteps != 1000 and schedule.method == "ddpm":
         notes.append(f"DDPMPipeline takes 1000 steps unless told num_inference_steps={schedule.num_train_timesteps}")
     if model.class_embedding is not None:
         notes.append("DDPMPipeline passes no labels; give class_labels to the UNet2DModel in a loop of your own")

@@ -193,7 +193,8 @@ def _derive(row: dict[str, Any], chain: int, flops: int, peak: float | None, wal
     """What follows from the time of a step: images/s, FLOP/s, and where it is of the wall, as those of the roofs and of
     the start are, the share of a roof and the first image."""
     step_s = row["ms_a_step"]["median"] / 1e3
-    row["images_per_s"] = row["batch"] / (step_s * chain)
+    # Time of the processor adds up its cores.
+    row["images_per_s"] = row["batch"] / (step_s * chain) if wall else None
     row["tflops"] = flops * row["batch"] / step_s / 1e12
     row["share_of_convolution_roof"] = row["tflops"] * 1e12 / peak if peak and wall else None
     start = row.get("startup")

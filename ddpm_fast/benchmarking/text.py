@@ -62,7 +62,9 @@ def notes(found: dict[str, Any]) -> list[str]:
         + ", median over rounds that both ran in, with its 95% interval."
     ]
     if found["clock"] == "cpu":
-        lines.append("Times are of the processor, not of the wall: ratios hold, images/s is of an idle machine.")
+        lines.append(
+            "Times are of the processor, all its cores added up, not of the wall: only the ratios say anything."
+        )
     load = found["environment"].get("load_average") or 0.0
     if load > BUSY:
         lines.append(f"The machine was busy when this began (load {load:.1f}): times are longer than on an idle one.")
@@ -110,6 +112,10 @@ def _ms(row: Row, extrapolated: bool) -> str:
     return f"{_short(ms['median'])} ({_short(low)} .. {_short(high)})"
 
 
+def _rate(row: Row, extrapolated: bool) -> str:
+    return "-" if row["images_per_s"] is None else _short(row["images_per_s"]) + "*" * extrapolated
+
+
 def _ratio(row: Row, extrapolated: bool) -> str:
     r = row["times_as_fast"]
     if r["as"] == f"{row['provider']} {row['dtype']}":
@@ -143,7 +149,7 @@ _CELLS: dict[str, Callable[[Row, bool], str]] = {
     "provider": lambda row, _: row["provider"],
     "dtype": lambda row, _: row["dtype"],
     "ms a step": _ms,
-    "images/s": lambda row, extrapolated: _short(row["images_per_s"]) + "*" * extrapolated,
+    "images/s": _rate,
     "times as fast": _ratio,
     "share of roof": _share,
     "error (allowed)": _error,

@@ -137,9 +137,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         return bytes(changed[:a])
     if shape == 1:
         return bytes(changed[:a] + changed[b:])
-    if shape == 2:
-        return bytes(changed[:b] + changed[a:])
-    return bytes(changed)
+    return bytes(changed[:b] + changed[a:] if shape == 2 else changed)
 
 
 def stored_bytes(tensors: dict[str, Tensor]) -> int:

@@ -63,7 +63,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     ]
     if found["clock"] == "cpu":
         lines.append(
-            "Times are of the processor, all its cores added up, not of the wall: only the ratios say anything."
+            "Times are of the processor, its cores added up, not of the wall: only ratios say anything."
         )
     load = found["environment"].get("load_average") or 0.0
     if load > BUSY:

@@ -62,9 +62,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         + ", median over rounds that both ran in, with its 95% interval."
     ]
     if found["clock"] == "cpu":
-        lines.append(
-            "Times are of the processor, its cores added up, not of the wall: only ratios say anything."
-        )
+        lines.append("Times are of the processor, its cores added up, not of the wall: only ratios say anything.")
     load = found["environment"].get("load_average") or 0.0
     if load > BUSY:
         lines.append(f"The machine was busy when this began (load {load:.1f}): times are longer than on an idle one.")

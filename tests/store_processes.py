@@ -63,7 +63,7 @@ class Command:
         self.process.kill()
         self.process.join(30)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 300) -> int:
         """Its exit code."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -102,7 +102,7 @@ def finished(folder: Path) -> int:
     return len(list(place.iterdir())) if place.is_dir() else 0
 
 
-def until(condition: Any, timeout_s: float = 120) -> None:
+def until(condition: Any, timeout_s: float = 300) -> None:
     """Wait for a condition; TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -104,6 +104,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
 _KERNELS: dict[torch.dtype, Kernels] = {}
 _cpu = cache(partial(ops_cpu.build, keep_memory=False))  # what computes all that has no form of its own here
+CHUNK_BYTES = 64 * 2**20  # of transformed patches and products at once; less memory, and no slower than all
 SMALL_ATTENTION = 400  # pixels
 _SCRATCH = threading.local()  # transformed patches, from one convolution to the next of a thread
 
@@ -142,14 +143,15 @@ def computes(dtype: torch.dtype) -> bool:
 
 def pack_conv(weight: Tensor, *, dtype: torch.dtype, channels: tuple[int, ...] | None = None) -> Any:
     k, c, size, _ = weight.shape
-    if not computes(dtype) or size != 3 or min(k, c) < 16 or (channels is not None and len(channels) > 1):
+    suits = size == 3 and min(k, c) >= winograd.PAD and (channels is None or len(channels) == 1)
+    if not (suits and weight.device.type == "cpu" and computes(dtype)):
         return ops_cpu.pack_conv(weight, dtype=dtype, channels=channels)
     kernels(dtype)
     return PackedWinograd(weight, dtype)
 
 
 def pack_upsample_conv(weight: Tensor, *, dtype: torch.dtype) -> Any:
-    if not computes(dtype) or weight.shape[2] != 3:
+    if weight.device.type != "cpu" or not computes(dtype) or weight.shape[2] != 3:
         return ops_cpu.pack_upsample_conv(weight, dtype=dtype)
     kernels(dtype)
     return PackedWinograd(weight, dtype, upsample=True)
@@ -175,7 +177,7 @@ def norm_act(
     """`reference.norm_act`, postponed where the next operation can apply it."""
     pixels = x.data
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    if x.dtype not in winograd.ELEMENTS or act not in ACTS or channels % groups:
+    if pixels.device.type != "cpu" or x.dtype not in winograd.ELEMENTS or act not in ACTS or channels % groups:
         y = _cpu().norm_act(
             pixels, weight, bias, groups, eps, skip=_pixels(skip), act=act, bias_row=bias_row,
             scale_shift=scale_shift, row=row, residual=_pixels(residual), out=out,
@@ -190,8 +192,8 @@ def norm_act(
         eps,
         _vector(weight),
         _vector(bias),
-        _rows(bias_row, row),
-        _rows(scale_shift, row),
+        _rows(bias_row, row, len(pixels)),
+        _rows(scale_shift, row, len(pixels)),
     )
     lazy = Normalised(Source(pixels, _pixels(skip), scale, shift, ACTS[act]))
     if residual is None and out is None:
@@ -218,7 +220,13 @@ def conv(
 ) -> FeatureMap:
     """`reference.conv`."""
     scheme = None
-    if isinstance(weight, PackedWinograd) and stride == 1 and padding in (None, (1, 1)) and skip is None:
+    if (
+        isinstance(weight, PackedWinograd)
+        and x.dtype == weight.dtype
+        and stride == 1
+        and padding in (None, (1, 1))
+        and skip is None
+    ):
         n, c, h, w = x.shape
         scheme = scheme_for(weight.dtype, n, c, h, w, weight.out_channels)
     if scheme is None:
@@ -284,20 +292,34 @@ def _transformed(
     out: Tensor | None,
 ) -> FeatureMap:
     run, products = kernels(weight.dtype), weight.products(scheme)
+    n, c, h, w = x.shape
+    if c != weight.channels[0]:
+        raise ValueError(f"the weights are for {weight.channels[0]} channels; got a map of {c}")
     added = _pixels(residual)
     s = _plain(shortcut)
     if s is not None:
         beside = _cpu().conv(s.x, s.weight, s.bias, skip=s.skip)
         added = beside if added is None else beside.add_(added)
-    n, _, h, w = x.shape
-    a, b, c = scheme.tiles(n, h, w)
     source = x.source if isinstance(x, Normalised) else Source(x.data)
-    v = _scratch(a * b * c, scheme.positions, products.cp, weight.dtype)
-    run.input_transform(scheme, source, v)
-    y, stats = run.output_transform(
-        scheme, products(v), source.x, weight.out_channels, _vector(bias), _rows(time, row), added, scale, with_stats
-    )
+    up = scheme.out // scheme.step
+    y = torch.empty((n, weight.out_channels, h * up, w * up), dtype=x.dtype, memory_format=torch.channels_last)
+    stats = run.stats_of(scheme, y) if with_stats else None
+    around = _vector(bias), _rows(time, row, n), added, scale, stats
+    _, down, across = scheme.tiles(n, h, w)
+    whole = across * scheme.positions * (products.cp + products.kp) * x.dtype.itemsize
+    for begin, rows in _chunks(n * down, whole):
+        v = _scratch(rows * across, scheme.positions, products.cp, x.dtype)
+        run.input_transform(scheme, source, v, begin)
+        run.output_transform(scheme, products(v), y, *around, begin)
     return FeatureMap(y if out is None else out.copy_(y), stats)
+
+
+@cache
+def _chunks(rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """(first, count) of about equal runs of rows of tiles, of at most `CHUNK_BYTES` where a row is not more."""
+    count = -(-rows // max(1, CHUNK_BYTES // row_bytes))
+    size = -(-rows // count)
+    return [(first, min(size, rows - first)) for first in range(0, rows, size)]
 
 
 def _scratch(tiles: int, positions: int, channels: int, dtype: torch.dtype) -> Tensor:
@@ -329,8 +351,10 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _rows(table: Tensor | None, row: Tensor | None) -> Tensor | None:
+def _rows(table: Tensor | None, row: Tensor | None, n: int) -> Tensor | None:
     """[R, C] -> float32 [1 or N, C]."""
     if table is None:
         return None
+    if row is None and len(table) not in (1, n):
+        raise ValueError(f"a table without a row to read needs one row, or one an image; got {len(table)} for {n}")
     return _vector(table if row is None else table[int(row[0])][None])

@@ -131,7 +131,7 @@ def _filled_up(channels: int) -> int:
 class Products:
     """Transformed weights as oneDNN multiplies with them, arranged once for each number of patches."""
 
-    CACHED = 2  # numbers of patches: whole batches, and the last partial one
+    CACHED = 4  # numbers of patches: those of a whole batch's chunks, and of the last partial one
 
     def __init__(self, weight: Tensor, scheme: Scheme, dtype: torch.dtype):  # [K, C, 3, 3], unrounded
         k, c = weight.shape[:2]
@@ -210,33 +210,38 @@ class Kernels:
             self._functions[name] = function
         self._functions["use_threads"](_parallel())
 
-    def input_transform(self, scheme: Scheme, s: Source, v: Tensor) -> None:
-        """Write the transformed patches, v [T, P, Cp]."""
+    def input_transform(self, scheme: Scheme, s: Source, v: Tensor, begin: int = 0) -> None:
+        """Write the transformed patches of whole rows of tiles, v [T, P, Cp], from row ``begin`` of the batch on."""
         n, c1, h, w = s.x.shape
         c2 = s.channels - c1
+        rows = v.shape[0] // scheme.tiles(n, h, w)[2]
         arguments = _at(v), _at(s.x), _at(s.skip), _at(s.scale), _at(s.shift), s.act, n, h, w, c1, c2, v.shape[2]
-        self._functions["input_transform"](scheme.number, *arguments, torch.get_num_threads())
+        self._functions["input_transform"](scheme.number, *arguments, begin, rows, torch.get_num_threads())
 
     def output_transform(
         self,
         scheme: Scheme,
-        m: Tensor,  # [T, P, Kp]
-        like: Tensor,  # [N, C, H, W]: the map that was transformed
-        k: int,
-        bias: Tensor | None,  # float32 [K]
-        time: Tensor | None,  # float32 [1 or N, K]
-        residual: Tensor | None,  # [N, K, H', W'], channels_last
-        scale: float,
-        with_stats: bool,
-    ) -> tuple[Tensor, PartStats | None]:  # [N, K, H', W'], channels_last
-        n, _, h, w = like.shape
-        up = scheme.out // scheme.step
-        y = torch.empty((n, k, h * up, w * up), dtype=m.dtype, memory_format=torch.channels_last)
-        stats = PartStats(torch.empty(n, -(-h // scheme.step), 2, k), scheme.out) if with_stats else None
+        m: Tensor,  # [T, P, Kp]: products of whole rows of tiles
+        y: Tensor,  # [N, K, H', W'], channels_last: where their results are written
+        bias: Tensor | None = None,  # float32 [K]
+        time: Tensor | None = None,  # float32 [1 or N, K]
+        residual: Tensor | None = None,  # as y
+        scale: float = 1.0,
+        stats: PartStats | None = None,  # from `stats_of`: written too
+        begin: int = 0,  # the first row of tiles, of those of the batch
+    ) -> None:
+        _, k, h, w = y.shape
+        h, w = h * scheme.step // scheme.out, w * scheme.step // scheme.out
+        rows = m.shape[0] // scheme.tiles(1, h, w)[2]
         stride = 0 if time is None or len(time) == 1 else k
-        arguments = _at(y), _at(m), _at(bias), _at(time), stride, _at(residual), scale, _at(stats and stats.values)
-        self._functions["output_transform"](scheme.number, *arguments, n, h, w, k, m.shape[2], torch.get_num_threads())
-        return y, stats
+        values = None if stats is None else stats.values
+        arguments = _at(y), _at(m), _at(bias), _at(time), stride, _at(residual), scale, _at(values), h, w, k, m.shape[2]
+        self._functions["output_transform"](scheme.number, *arguments, begin, rows, torch.get_num_threads())
+
+    @staticmethod
+    def stats_of(scheme: Scheme, y: Tensor) -> PartStats:
+        """Room for the statistics of a result [N, K, H', W']."""
+        return PartStats(torch.empty(y.shape[0], -(-y.shape[2] // scheme.out), 2, y.shape[1]), scheme.out)
 
     def statistics(self, x: Tensor) -> PartStats:  # [N, C, H, W], channels_last
         n, c, h, w = x.shape
@@ -281,8 +286,8 @@ class Kernels:
 _P, _I, _J = c_void_p, c_int, c_int64
 _SIGNATURES: dict[str, list[type]] = {
     "use_threads": [_P],
-    "input_transform": [_I, *[_P] * 5, _I, *[_J] * 6, _I],
-    "output_transform": [_I, *[_P] * 4, _J, _P, c_float, _P, *[_J] * 5, _I],
+    "input_transform": [_I, *[_P] * 5, _I, *[_J] * 8, _I],
+    "output_transform": [_I, *[_P] * 4, _J, _P, c_float, _P, *[_J] * 6, _I],
     "channel_statistics": [_P, _P, *[_J] * 5, _I],
     "norm_affine": [_P, _P, _P, _J, _J, _P, _J, _J, *[_J] * 4, c_double, _P, _P, _P, _J, _P, _J, _I],
     "norm_apply": [*[_P] * 5, _I, _P, *[_J] * 5, _I],

@@ -61,17 +61,19 @@ template <class S> static void tiles_of(int64_t h, int64_t w, int64_t& th, int64
     th = (h + S::STEP - 1) / S::STEP, tw = (w + S::STEP - 1) / S::STEP;
 }
 
-// v [N th tw, POSITIONS^2, cp]: the transformed patches of the map, channels padded with zeros to cp.
-template <class S, int ACT> static void input(T* v, const Map& m, int64_t cp, int threads) {
+// v [rows tw, POSITIONS^2, cp]: the transformed patches of the map from row of tiles `begin` of the N th on, channels
+// padded with zeros to cp.
+template <class S, int ACT>
+static void input(T* v, const Map& m, int64_t cp, int64_t begin, int64_t rows_of_tiles, int threads) {
     constexpr int A = S::PATCH, P = S::POSITIONS;
     int64_t th, tw;
     tiles_of<S>(m.h, m.w, th, tw);
     const int64_t width = (tw - 1) * S::STEP + A, length = width * cp;
-    shared(m.n * th, threads, [&](int64_t first, int64_t last) {
+    shared(rows_of_tiles, threads, [&](int64_t first, int64_t last) {
         std::vector<float> ring(A * length);  // the last A rows, with their zero padding: each is activated once
         int64_t done = 0;                     // rows of the image in the ring end here
         for (int64_t item = first; item < last; item++) {
-            const int64_t image = item / th, ty = item % th, top = ty * S::STEP - 1;
+            const int64_t image = (begin + item) / th, ty = (begin + item) % th, top = ty * S::STEP - 1;
             if (item == first || ty == 0) done = top;
             for (; done < top + A; done++) {
                 float* row = ring.data() + (done + 1) % A * length;
@@ -110,19 +112,20 @@ struct Epilogue {
     float* stats;          // [N, th, 2, K] or null: mean and centred sum of squares over each row of tiles
 };
 
-// y [N, H', W', K] = scale * (A^T m A + bias + time + residual) of the products m [tiles, POSITIONS^2, kp].
+// y [N, H', W', K] = scale * (A^T m A + bias + time + residual) of the products m [rows tw, POSITIONS^2, kp], which
+// are those from row of tiles `begin` of the N th on.
 template <class S>
-static void output(T* y, const T* m, const Epilogue& e, int64_t n, int64_t h, int64_t w, int64_t k, int64_t kp,
-                   int threads) {
+static void output(T* y, const T* m, const Epilogue& e, int64_t h, int64_t w, int64_t k, int64_t kp, int64_t begin,
+                   int64_t rows_of_tiles, int threads) {
     constexpr int P = S::POSITIONS, O = S::OUT;
     int64_t th, tw;
     tiles_of<S>(h, w, th, tw);
     const int64_t oh = h * O / S::STEP, ow = w * O / S::STEP;
-    shared(n * th, threads, [&](int64_t first, int64_t last) {
+    shared(rows_of_tiles, threads, [&](int64_t first, int64_t last) {
         std::vector<float> added(kp);
         Moments moments(e.stats ? kp : 0);
         for (int64_t item = first; item < last; item++) {
-            const int64_t image = item / th, ty = item % th;
+            const int64_t image = (begin + item) / th, ty = (begin + item) % th;
             for (int64_t c = 0; c < k; c++)
                 added[c] = (e.bias ? e.bias[c] : 0.f) + (e.time ? e.time[image * e.time_stride + c] : 0.f);
             const int high = (int)std::min<int64_t>(O, oh - ty * O);
@@ -162,17 +165,18 @@ static void output(T* y, const T* m, const Epilogue& e, int64_t n, int64_t h, in
                     for (; c + L <= k; c += L) channels(c, L, O, O);  // what nearly all are: all loops unrolled
                 for (; c < k; c += L) channels(c, (int)std::min<int64_t>(L, k - c), high, wide);
             }
-            if (e.stats) moments.finish(e.stats + item * 2 * k, k, (double)high * ow);
+            if (e.stats) moments.finish(e.stats + (begin + item) * 2 * k, k, (double)high * ow);
         }
     });
 }
 """
 
 ENTRIES = r"""
-template <class S> static void input_of(T* v, const Map& m, int act, int64_t cp, int threads) {
-    if (act == RAW) input<S, RAW>(v, m, cp, threads);
-    else if (act == AFFINE) input<S, AFFINE>(v, m, cp, threads);
-    else input<S, AFFINE_SILU>(v, m, cp, threads);
+template <class S>
+static void input_of(T* v, const Map& m, int act, int64_t cp, int64_t begin, int64_t rows, int threads) {
+    if (act == RAW) input<S, RAW>(v, m, cp, begin, rows, threads);
+    else if (act == AFFINE) input<S, AFFINE>(v, m, cp, begin, rows, threads);
+    else input<S, AFFINE_SILU>(v, m, cp, begin, rows, threads);
 }
 
 enum { SCHEME_F2, SCHEME_F4, SCHEME_UP };
@@ -181,20 +185,21 @@ extern "C" {
 void use_threads(Parallel p) { parallel = p; }
 
 void input_transform(int scheme, T* v, const T* x, const T* skip, const float* scale, const float* shift, int act,
-                     int64_t n, int64_t h, int64_t w, int64_t c1, int64_t c2, int64_t cp, int threads) {
+                     int64_t n, int64_t h, int64_t w, int64_t c1, int64_t c2, int64_t cp, int64_t begin,
+                     int64_t rows, int threads) {
     const Map m = {x, skip, scale, shift, n, h, w, c1, c2};
-    if (scheme == SCHEME_F2) input_of<F2>(v, m, act, cp, threads);
-    else if (scheme == SCHEME_F4) input_of<F4>(v, m, act, cp, threads);
-    else input_of<Up>(v, m, act, cp, threads);
+    if (scheme == SCHEME_F2) input_of<F2>(v, m, act, cp, begin, rows, threads);
+    else if (scheme == SCHEME_F4) input_of<F4>(v, m, act, cp, begin, rows, threads);
+    else input_of<Up>(v, m, act, cp, begin, rows, threads);
 }
 
 void output_transform(int scheme, T* y, const T* m, const float* bias, const float* time, int64_t time_stride,
                       const T* residual, float scale, float* stats,
-                      int64_t n, int64_t h, int64_t w, int64_t k, int64_t kp, int threads) {
+                      int64_t h, int64_t w, int64_t k, int64_t kp, int64_t begin, int64_t rows, int threads) {
     const Epilogue e = {bias, time, time_stride, residual, scale, stats};
-    if (scheme == SCHEME_F2) output<F2>(y, m, e, n, h, w, k, kp, threads);
-    else if (scheme == SCHEME_F4) output<F4>(y, m, e, n, h, w, k, kp, threads);
-    else output<Up>(y, m, e, n, h, w, k, kp, threads);
+    if (scheme == SCHEME_F2) output<F2>(y, m, e, h, w, k, kp, begin, rows, threads);
+    else if (scheme == SCHEME_F4) output<F4>(y, m, e, h, w, k, kp, begin, rows, threads);
+    else output<Up>(y, m, e, h, w, k, kp, begin, rows, threads);
 }
 
 void channel_statistics(float* stats, const T* x, int64_t n, int64_t h, int64_t w, int64_t c, int64_t rows,

@@ -1,8 +1,10 @@
 # Everything runs in .venv, made on first use. PYTHON picks the interpreter that makes it.
 PYTHON ?= python3
 BIN := .venv/bin
+RUN ?= $(BIN)/python
+KIND = $(shell $(RUN) -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')" 2>/dev/null)
 
-.PHONY: demo test check lint types kernels gpu clean
+.PHONY: demo test check lint types kernels bench tables gpu clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,8 +29,14 @@ check: lint types test  ## what CI runs
 kernels: .venv/ready  ## compile every kernel for sm_80 to sm_120 and read the machine code; needs no GPU
 	$(BIN)/python -m benchmarks.compile_kernels
 
+bench: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## time every provider on this machine, write the pages' tables
+	$(RUN) -m ddpm_fast bench cifar10 --batch 1 4 16 --out benchmarks/results/cifar10-$(or $(KIND),cpu).json
+	$(RUN) -m benchmarks.tables
+
+tables: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## the tables of README.md and docs/performance.md from the JSON that is there
+	$(RUN) -m benchmarks.tables
+
 # On a machine without a network: make gpu RUN=python3, with what pyproject.toml names installed there.
-RUN ?= $(BIN)/python
 SANITIZED := tests/test_sampler_step_kernel.py tests/test_norm_act_kernel.py tests/test_conv_kernel.py tests/test_conv_step.py
 gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## with a CUDA device: its tests, the sanitizer, the engine's speed
 	$(RUN) -m pytest -n 0 -m gpu

@@ -40,7 +40,8 @@ class Sampler:
     (`batching.choose`). Where memory ends, it is halved.
     steps: how many timesteps (by the schedule's spacing); which ones, descending; or text, OpenAI's rule ("250",
     "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et al. 2020, Algorithm 2) or "ddim" (Song et al.
-    2021) with its eta. time_scale: the model is given time_scale * t; None: the schedule's.
+    2021) with its eta; None: the schedule's, with its own eta and steps (DDPM and all, but for a DDIMScheduler's).
+    time_scale: the model is given time_scale * t; None: the schedule's.
     guidance_scale: classifier-free guidance for a `UNet` trained with label dropout, whose last class stands for none.
     dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
     a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'

@@ -201,6 +201,44 @@ def test_what_has_no_winograd_form_is_convolved_as_by_cpu(winograd: ops.Ops, use
     assert used == set()
 
 
+def test_chunks_bound_memory_and_change_nothing(winograd: ops.Ops, monkeypatch: pytest.MonkeyPatch):
+    chunks = ops_winograd._chunks.__wrapped__
+    monkeypatch.setattr(ops_winograd, "CHUNK_BYTES", 1000)
+    assert chunks(10, 300) == [(0, 3), (3, 3), (6, 3), (9, 1)] and chunks(3, 5000) == [(0, 1), (1, 1), (2, 1)]
+    assert chunks(4, 250) == [(0, 4)] and chunks(5, 250) == [(0, 3), (3, 2)]
+    force(monkeypatch, F4)
+    x = fresh((3, 32, 9, 7), torch.float32, seed=1)
+    packed = winograd.pack_conv(fresh((24, 32, 3, 3), torch.float32, seed=2, std=0.1), dtype=torch.float32)
+    time = fresh((3, 24), torch.float32, seed=3)
+    seen, sizes = [], set()
+    call = Products.__call__
+    monkeypatch.setattr(Products, "__call__", lambda self, v: (sizes.add(len(v)), call(self, v))[1])
+    for size in (2**26, 1):
+        monkeypatch.setattr(ops_winograd, "CHUNK_BYTES", size)
+        monkeypatch.setattr(ops_winograd, "_chunks", chunks)
+        y = winograd.conv(FeatureMap(x), packed, time=time, with_stats=True)
+        seen.append((y.data, y.stats.values))
+    assert sizes == {3 * 3 * 2, 2}  # all tiles of three images, and one row of them
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*seen))
+
+
+def test_what_does_not_fit_is_refused_or_computed_elsewhere(winograd: ops.Ops, used: set[str]):
+    weight = fresh((16, 32, 3, 3), torch.float32, seed=1, std=0.1)
+    packed = winograd.pack_conv(weight, dtype=torch.float32)
+    with pytest.raises(ValueError, match="the weights are for 32 channels; got a map of 48"):
+        winograd.conv(FeatureMap(fresh((1, 48, 32, 32), torch.float32, seed=2)), packed)
+    x = fresh((3, 32, 16, 16), torch.float32, seed=2)
+    with pytest.raises(ValueError, match="one row, or one an image; got 2 for 3"):
+        winograd.norm_act(FeatureMap(x), None, None, 4, 1e-5, bias_row=torch.zeros(2, 32))
+    half = x.bfloat16()
+    got = winograd.conv(FeatureMap(half), packed).data  # weights of another dtype
+    assert got.dtype == torch.bfloat16 and used == set()
+    assert error(got, reference.conv(half.double(), weight.double())).largest < 0.02
+    ghost = winograd.pack_conv(weight.to("meta"), dtype=torch.float32)
+    lazy = winograd.norm_act(winograd.enter(x.to("meta")), None, None, 4, 1e-5)
+    assert winograd.conv(lazy, ghost).shape == (3, 16, 16, 16)
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (21, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)

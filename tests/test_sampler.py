@@ -57,14 +57,6 @@ def plain(**kwargs: Any) -> df.Sampler:
 # --- diffusers' noise, diffusers' images ---
 
 
-def test_1000_steps_are_the_pipeline_s():
-    expected = pipeline(SMALL)(2, generators(1)[0], output_type="pt").images
-    sampler = df.Sampler(unet(SMALL), df.Schedule(), noise="torch")
-    got = pictures(sampler.sample(2, seed=1))
-    assert (got - expected).abs().max() <= 1e-4
-    assert ((expected > 0) & (expected < 1)).float().mean() > 0.5  # not all of it at the ends of the range
-
-
 def test_1000_steps_with_a_list_of_generators_in_any_batches():
     expected = pipeline(ONE_LEVEL, variance_type="fixed_large")(3, generators(4, 5, 6), output_type="pt").images
     schedule = df.Schedule(variance_type="fixed_large")

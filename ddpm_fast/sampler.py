@@ -45,8 +45,9 @@ class Sampler:
     guidance_scale: classifier-free guidance for a `UNet` trained with label dropout, whose last class stands for none.
     dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
     a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'
-    DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton, "cpu" on a CPU, else "reference"), "reference",
-    "cpu", "triton", or an `Ops` value. graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
+    DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton; on a CPU "winograd" where a batch is long enough to
+    pay for compiling, else "cpu"; elsewhere "reference": `ops_reason` says why), "reference", "cpu", "winograd",
+    "triton", or an `Ops` value. graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
     image_shape: (C, H, W) in pixels; default the model's own.
 
     Raises ValueError for what does not fit together.

@@ -212,6 +212,7 @@ def _begin(
             _use_threads(begun)
             drawing = drawing.as_begun(begun)
     sampler = drawing.sampler(checkpoint, device)
+    _say_which(drawing, sampler)
     _check_labels(drawing.label, sampler)
     manifest = store_manifest.describe(
         checkpoint,
@@ -235,6 +236,11 @@ def _begin(
     if other or drawing.batch_size == "auto":  # so that whoever goes on with it draws in the same way
         sampler = drawing.as_begun(store).sampler(checkpoint, device)
     return sampler, store, changed
+
+
+def _say_which(drawing: Drawing, sampler: Sampler) -> None:
+    if drawing.options["ops"] == "auto":
+        print(f"ddpm-fast: {sampler.ops.name} operations: {sampler.ops_reason}", file=sys.stderr)
 
 
 def _join(
@@ -294,6 +300,7 @@ def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.devi
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)
     sampler = drawing.sampler(drawing.checkpoint(), device)
+    _say_which(drawing, sampler)
     n, first_id, label = drawing.n, drawing.first_id, drawing.label
     _check_labels(label, sampler)
     classes = classes_of(sampler) or 1

@@ -5,7 +5,8 @@
 
 The rules are the sample store's. A free worker takes the first shard that is neither finished nor claimed. A worker
 that dies loses what it had of its shard, starts again after a while, and the shard is taken up when its claim is seen
-to be stale. Workers with nothing to do wait until the set is whole. A finished shard is never done again. Time is simulated, from the given rates; nothing is measured here.
+to be stale. Workers with nothing to do wait until the set is whole. A finished shard is never done again. Time is
+simulated, from the given rates; nothing is measured here.
 """
 
 from __future__ import annotations

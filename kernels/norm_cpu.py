@@ -3,8 +3,8 @@
 torch's own kernel for channels_last takes the variance as the mean of squares less the square of the mean, from one
 running sum: of 128x128 pixels with a mean of one deviation it has float32 errors of 5e-6, of larger means more. Here
 squares are centred and sums cascade, which costs one pass more; the rest is one factor and one summand a channel.
-Torch's kernel is taken where it does no harm: of small maps in float64; of a few pixels whose groups are nearly centred;
-and while means are mild of what is rounded to bfloat16 in the end.
+Torch's kernel is taken where it does no harm: of small maps in float64, of a few pixels whose groups are nearly
+centred, and while means are mild of what is rounded to bfloat16 in the end.
 """
 
 from __future__ import annotations

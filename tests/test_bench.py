@@ -158,6 +158,12 @@ def test_a_wrong_timestep_is_seen() -> None:
     assert not judge.verdict(Crooked(of, "timestep"), torch.float32, strict=True).ok
 
 
+def test_a_network_of_another_kind_is_refused_in_one_line():
+    other = replace(checkpoint(), model=torch.nn.Identity(), family="lucidrains", source="model-10.pt")
+    with pytest.raises(ValueError, match=r"^bench compares [^\n]*; model-10.pt is a lucidrains network[^\n]*$"):
+        run.run(other, chosen(["reference"]), settings())
+
+
 def test_what_is_wrong_has_an_error_and_no_speed() -> None:
     wrong = Provider("crooked", lambda of, dtype: Crooked(of, "scale"), ours=True)
     fails = Provider("fails", lambda of, dtype: {}["missing key"])

@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoints import Checkpoint
 from ..inspection import model_cost
+from ..unet import UNet
 from .checks import Judge, full_float32
 from .environment import environment, load_average
 from .providers import DTYPES, Case, Provider, Sampling
@@ -53,6 +54,11 @@ def run(
     """
     chain = checkpoint.schedule.num_train_timesteps
     steps = chain if settings.steps is None else min(settings.steps, chain)
+    if not isinstance(checkpoint.model, UNet):
+        raise ValueError(
+            f"bench compares runtimes of diffusers' U-Net; {checkpoint.source} is a {checkpoint.family} network, which "
+            "is none; ddpm-fast sample and verify take it"
+        )
     size = checkpoint.model.config.image_size
     if size is None:
         raise ValueError("the model does not state its image size; give it as sample_size")

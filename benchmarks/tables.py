@@ -3,8 +3,8 @@
     python -m benchmarks.tables            # between <!-- bench: NAME --> and <!-- /bench -->, from results/NAME.json
     python -m benchmarks.tables --check    # exit code 1 where a page is not what its JSON says
 
-`<!-- bench: NAME COLUMN, COLUMN -->` chooses the columns; without them the table has all that a README needs. The
-same JSON gives the same text, byte for byte.
+`<!-- bench: NAME COLUMN, COLUMN -->` chooses the columns; `<!-- bench: NAME by batch -->` is a short table of ratios, a
+column for each batch size. The same JSON gives the same text, byte for byte.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_fast.benchmarking.text import FULL, SPEED, markdown
+from ddpm_fast.benchmarking.text import FULL, SPEED, by_batch, markdown
 from ddpm_fast.whole_files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/performance.md")
 RESULTS = "benchmarks/results"
+BY_BATCH = "by batch"
 BLOCK = re.compile(r"<!-- bench: *(?P<name>[\w.-]+) *(?P<columns>[^>]*?) *-->\n.*?<!-- /bench -->", re.DOTALL)
 OPENING = re.compile(r"<!-- bench: ")
 
@@ -39,11 +40,13 @@ def _block(found: re.Match[str], results: Path, page: str) -> str:
     path = results / f"{found['name']}.json"
     if not path.exists():
         raise ValueError(f"{page} wants a table from {path}, which is not there: write it by ddpm-fast bench --out")
+    opening = found.group(0).splitlines()[0]
+    if found["columns"] == BY_BATCH:
+        return f"{opening}\n\n{by_batch(json.loads(path.read_text()))}\n\n<!-- /bench -->"
     names = [c.strip() for c in found["columns"].split(",")] if found["columns"] else list(SPEED)
     unknown = [n for n in names if n not in FULL]
     if unknown:
         raise ValueError(f"{page}: no column is called {unknown[0]!r}; there are: {', '.join(FULL)}")
-    opening = found.group(0).splitlines()[0]
     return f"{opening}\n\n{markdown(json.loads(path.read_text()), names)}\n\n<!-- /bench -->"
 
 

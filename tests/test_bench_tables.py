@@ -121,3 +121,18 @@ def test_a_page_that_cannot_be_filled(root: Path, capsys, page: str, message: st
 def test_this_repository_s_pages_can_be_filled() -> None:
     for name in tables.PAGES:
         tables.filled((tables.ROOT / name).read_text(encoding="utf-8"), tables.ROOT / tables.RESULTS, name)
+
+
+def test_the_short_table_has_a_column_for_each_batch_size(root: Path) -> None:
+    slow = {**FOUND["rows"][0], "batch": 16, "times_as_fast": {**FOUND["rows"][0]["times_as_fast"], "value": 0.9}}
+    (root / "benchmarks" / "results" / "example.json").write_text(json.dumps({**FOUND, "rows": [*FOUND["rows"], slow]}))
+    (root / "README.md").write_text("<!-- bench: example by batch -->\n<!-- /bench -->\n")
+    assert tables.main(["--root", str(root)]) == 0
+    lines = (root / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("|")] == [
+        "| times as fast as diffusers float32 | batch 4 | batch 16 |",
+        "|---|---|---|",
+        "| cpu float32 | 1.51 | 0.90 |",
+        "| slip float32 | wrong | - |",
+    ]
+    assert "Example CPU, 2 cores" in lines[-3] and "`ddpm-fast bench tiny`" in lines[-3]

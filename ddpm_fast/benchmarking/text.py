@@ -51,6 +51,33 @@ def markdown(found: dict[str, Any], names: Sequence[str] = SPEED) -> str:
     return "\n\n".join([*parts, *notes(found), heading(found).replace("\n", ". ") + f". Command: `{command}`."])
 
 
+def by_batch(found: dict[str, Any]) -> str:
+    """Markdown for a front page: how many times as fast, a row for each provider and a column for each batch size."""
+    sizes = batches(found)
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    baseline = ""
+    for row in found["rows"]:
+        cell = "-"
+        if "ms_a_step" in row:
+            baseline = row["times_as_fast"]["as"]
+            cell = f"{row['times_as_fast']['value']:.2f}"
+        elif "check" in row:
+            cell = "wrong"
+        rows.setdefault((row["provider"], row["dtype"]), {})[row["batch"]] = cell
+    lines = [
+        "| times as fast as " + baseline + " | " + " | ".join(f"batch {n}" for n in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for (provider, dtype), found_cells in rows.items():
+        if any(cell != "-" for cell in found_cells.values()):
+            lines.append(f"| {provider} {dtype} | " + " | ".join(found_cells.get(n, "-") for n in sizes) + " |")
+    env = found["environment"]
+    return "\n".join(lines) + (
+        f"\n\n{found['source']} on {env['device']}. wrong: further from float64 than twice torch's own error in that "
+        f"precision, so it has no speed. Command: `{env['command']}`."
+    )
+
+
 def notes(found: dict[str, Any]) -> list[str]:
     """What the numbers are: only what the tables need."""
     timed = [r for r in found["rows"] if "ms_a_step" in r]

@@ -212,8 +212,8 @@ def _begin(
             _use_threads(begun)
             drawing = drawing.as_begun(begun)
     sampler = drawing.sampler(checkpoint, device)
-    _say_which(drawing, sampler)
     _check_labels(drawing.label, sampler)
+    _say_which(drawing, sampler)
     manifest = store_manifest.describe(
         checkpoint,
         sampler,
@@ -300,9 +300,9 @@ def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.devi
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)
     sampler = drawing.sampler(drawing.checkpoint(), device)
-    _say_which(drawing, sampler)
     n, first_id, label = drawing.n, drawing.first_id, drawing.label
     _check_labels(label, sampler)
+    _say_which(drawing, sampler)
     classes = classes_of(sampler) or 1
     labels = None if label is None else [label_of(label, i, classes) for i in range(first_id, first_id + n)]
     reel = images.Film(len(sampler.table), to_uint8) if film is not None else None

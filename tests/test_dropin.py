@@ -101,16 +101,23 @@ def test_one_object_for_any_batch_and_number_of_steps():
     ids=lambda call: ",".join(call) or "default",
 )
 def test_a_ddim_pipeline_with_its_own_call(call: dict[str, Any]):
-    """The same images, and as many numbers drawn: none a step at eta 0."""
+    """The same images, and as many numbers drawn: none a step at eta 0.
+
+    The chain of 50 steps from t = 999 enlarges rounding: diffusers' own images change by up to 2e-4 with the memory
+    layout of its network. So ours may be as far from them as that, where it is more than 1e-4, twice.
+    """
     p = DDIMPipeline(diffusers_unet(SMALL), DDIMScheduler(set_alpha_to_one=False, timestep_spacing="linspace"))
     p.set_progress_bar_config(disable=True)
-    fast, draws = df.accelerate(p), {}
+    fast, draws = df.accelerate(p, ops="cpu"), {}
     for name, one in (("theirs", p), ("ours", fast)):
         generator = generators(7)[0]
         steps = {} if not call else {"num_inference_steps": 12}
         images = one(2, generator, output_type="np", **steps, **call).images
         draws[name] = images, torch.rand((), generator=generator)
-    assert worst(draws["ours"][0], draws["theirs"][0]) <= 1e-4
+    p.unet.to(memory_format=torch.channels_last)
+    again = p(2, generators(7)[0], output_type="np", **steps, **call).images
+    rounding = worst(again, draws["theirs"][0])
+    assert worst(draws["ours"][0], draws["theirs"][0]) <= max(1e-4, 2 * rounding) and rounding < 1e-3
     assert draws["ours"][1] == draws["theirs"][1]
     with pytest.raises(ValueError, match=r"eta must be in \[0, 1\]; got 1.5"):
         fast(eta=1.5, num_inference_steps=2)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from ddpm_fast.evaluation import evaluate, statistics
-from ddpm_fast.features import Extractor, extractor
-from ddpm_fast.image_stream import open_stream
+from ddpm_fast.evaluation.features import Extractor, extractor
+from ddpm_fast.evaluation.image_stream import open_stream
 
 
 def images_per_s(name: str, size: int, batch: int, rounds: int, device: str) -> float:

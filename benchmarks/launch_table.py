@@ -18,9 +18,9 @@ import torch
 
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.gpus import GPUS
+from ddpm_fast.ops.records import Record
 from ddpm_fast.planning import HEADER, aligned, group, records, rows, totals
 from ddpm_fast.presets import PRESETS
-from ddpm_fast.recording import Record
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table
 

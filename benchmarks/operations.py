@@ -234,7 +234,7 @@ def prepared(
 ) -> tuple[Run, str | None]:
     """A call that takes fresh inputs by turns, and what is wrong with it: None where its error is allowed.
 
-    who: "torch", or a set in ops.py.
+    who: "torch", or a set in ops/.
     """
     w = weights(op, device)
     tensors = inputs(op, batch, dtype, device)

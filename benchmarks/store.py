@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 import ddpm_fast as df
-from ddpm_fast import store_manifest
 from ddpm_fast.benchmarking.environment import environment
 from ddpm_fast.store import UNFINISHED, SampleStore
-from ddpm_fast.store_claims import Claims
-from ddpm_fast.workers import fill
+from ddpm_fast.store import manifest as store_manifest
+from ddpm_fast.store.claims import Claims
+from ddpm_fast.store.workers import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"overhead": 0.01, "resume_start_s": 2.0}  # at most

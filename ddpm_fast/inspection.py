@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import Checkpoint
 from .ops import recording, reference
-from .ops_triton import falls_back
+from .ops.triton_set import falls_back
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
 

@@ -14,16 +14,16 @@ import torch
 
 from . import ops as ops_module
 from .config import UNetConfig
+from .engine.prepared import prepare
+from .engine.time_rows import ClassRows, TableRows
 from .gpus import Gpu, gpu
 from .inspection import model_cost
 from .kernels import reference
 from .kernels.cost import CHANNEL_PAD, Cost, total
 from .ops import Ops
-from .prepared import prepare
-from .recording import Record
+from .ops.records import Record
 from .schedule import Schedule
 from .step_table import StepTable, step_table
-from .time_rows import ClassRows, TableRows
 from .unet import TimeRows, UNet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -176,7 +176,7 @@ def _ghost(config: UNetConfig, dtype: torch.dtype) -> UNet:
 
 def _stand_in() -> Ops:
     """Reference operations that take and refuse what the fused ones do: pricing needs no Triton."""
-    from .ops_triton import falls_back
+    from .ops.triton_set import falls_back
 
     return replace(ops_module.reference(), conv_step=lambda x, weight, bias, x_t, *_, **__: x_t, falls_back=falls_back)
 

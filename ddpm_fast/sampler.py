@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import batching
-from .choose_ops import choose_ops
-from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram
+from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
+from .engine.call import Call, Shown, padded, strides
+from .engine.choose_ops import choose_ops
+from .engine.nonfinite import FirstFaults, Unchanged, finite_images, repair
+from .engine.prepared import prepare
 from .noise import NoiseSource
-from .nonfinite import FirstFaults, Unchanged, finite_images, repair
 from .ops import Ops
-from .prepared import prepare
-from .sampler_call import Call, Shown, padded, strides
 from .schedule import Schedule
 from .step_table import StepTable, step_table
 from .unet import UNet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -37,6 +37,15 @@ def whole_file(path: str | Path, temporary: Path | None = None) -> Iterator[IO[b
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes beside ``path``, flushes to the disk, and renames: ``path`` is whole or not there.
+
+    The temporary name is always the same, so a run that is killed again and again leaves one such file at most.
+    """
+    with whole_file(path, path.with_name(path.name + ".tmp")) as stream:
+        write(stream)
 
 
 def sync_folder(folder: Path) -> None:

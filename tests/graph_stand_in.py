@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ddpm_fast.graph_loop import LoopUnavailable
+from ddpm_fast.graphs.loop import LoopUnavailable
 
 SYNCHRONISING = ("aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
 
@@ -72,7 +72,7 @@ class RecordedGraph:
 
 
 class LoopGraph:
-    """The loop form, as graph_loop.WhileGraph defines it."""
+    """The loop form, as graphs.loop.WhileGraph defines it."""
 
     def __init__(self, step: RecordedGraph, counter: Tensor, stop: Tensor, total: int):
         self.step, self.counter, self.stop, self.total = step, counter, stop, total

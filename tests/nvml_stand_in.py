@@ -139,7 +139,7 @@ class Library:
 
 def watched(board: Board, times: Sequence[float], end: float | None = None, library: Library | None = None) -> Any:
     """The series of a board that is read at these seconds."""
-    from ddpm_fast.nvml import WatchedGpu
+    from ddpm_fast.profiling.nvml import WatchedGpu
 
     gpu = WatchedGpu(library or Library(board), "cuda:0", board, "uuid")
     for t in times:

@@ -11,10 +11,10 @@ from models import TINY, unet
 
 import ddpm_fast as df
 from ddpm_fast import ops as ops_module
-from ddpm_fast.nvml import Series, Watch
 from ddpm_fast.ops import Ops
 from ddpm_fast.profiling import Profile, profile
-from ddpm_fast.profiling_run import Run
+from ddpm_fast.profiling.nvml import Series, Watch
+from ddpm_fast.profiling.run import Run
 from ddpm_fast.roofline import Roofs
 
 SECONDS = {  # of a call

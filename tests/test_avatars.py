@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_fast import avatars
-from ddpm_fast.data import load_data
+from ddpm_fast.data import avatars, load_data
 
 
 @pytest.fixture(scope="module")

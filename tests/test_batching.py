@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast as df
-from ddpm_fast import batching, ops
-from ddpm_fast.engine import Program, StepProgram
-from ddpm_fast.graph_capture import GraphCaptureError
+from ddpm_fast import ops
+from ddpm_fast.engine import Program, StepProgram, batching
+from ddpm_fast.engine.prepared import prepare
+from ddpm_fast.graphs.capture import GraphCaptureError
 from ddpm_fast.inspection import model_cost
-from ddpm_fast.prepared import prepare
 from ddpm_fast.step_table import step_table
 
 SHAPE, STEPS = (3, 4, 4), 12

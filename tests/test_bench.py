@@ -14,11 +14,12 @@ import torch
 from models import TINY, normal, unet
 
 import ddpm_fast as df
-from ddpm_fast import cli_bench, ops
+from ddpm_fast import ops
 from ddpm_fast.benchmarking import providers, run, startup, text
 from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, Judge, full_float32
 from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
 from ddpm_fast.checkpoints import Checkpoint
+from ddpm_fast.cli import bench as cli_bench
 from ddpm_fast.roofline import Roofs
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import ops
-from ddpm_fast.buffers import ALIGNMENT, Arena, Fresh, Memory, Request, place, plan
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.engine import StepProgram
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.inspection import _PeakMemory
-from ddpm_fast.prepared import prepare
+from ddpm_fast.ops.buffers import ALIGNMENT, Arena, Fresh, Memory, Request, place, plan
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast import compiled, ops
-from ddpm_fast.choose_ops import choose_ops, for_cpu
+from ddpm_fast import ops
+from ddpm_fast.engine.choose_ops import choose_ops, for_cpu
+from ddpm_fast.ops import compiled
 
 
 def _compiler() -> bool:
@@ -199,7 +200,7 @@ def test_the_flops_of_a_run_are_those_of_its_operations():
     import torch
 
     import ddpm_fast as df
-    from ddpm_fast.choose_ops import flops_of_an_image
+    from ddpm_fast.engine.choose_ops import flops_of_an_image
     from ddpm_fast.ops import recording, reference
     from ddpm_fast.unet import TimeRows
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_fast import image_files
-from ddpm_fast.data import DataError, ImageData, load_data
+from ddpm_fast.data import DataError, ImageData, image_files, load_data
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

@@ -16,12 +16,14 @@ from house_rule import check, normal64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ddpm_fast import buffers, engine, ops
-from ddpm_fast.buffers import Memory, Plan
+from ddpm_fast import ops
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.engine import CallableProgram, EagerRunner, StepProgram
+from ddpm_fast.engine import program as engine
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.kernels.reference import INITIAL_STEP
-from ddpm_fast.prepared import prepare
+from ddpm_fast.ops import buffers
+from ddpm_fast.ops.buffers import Memory, Plan
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import sections, step_table
@@ -217,7 +219,7 @@ def watched() -> Iterator[Watch]:
     """Watch torch's operations, not the interpreter's own nor attention's."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from ddpm_fast import ops_triton
+    from ddpm_fast.ops import triton_set as ops_triton
 
     def unwatched(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ddpm_fast import cli, evaluation
+from ddpm_fast.data.image_files import DataError
 from ddpm_fast.evaluation import Statistics, statistics
-from ddpm_fast.features import Extractor, extractor
-from ddpm_fast.image_files import DataError
-from ddpm_fast.image_stream import ImageStream, open_stream, rebatched
-from ddpm_fast.two_sample import compare_pair, pair_terms, swap_test
+from ddpm_fast.evaluation.features import Extractor, extractor
+from ddpm_fast.evaluation.image_stream import ImageStream, open_stream, rebatched
+from ddpm_fast.evaluation.two_sample import compare_pair, pair_terms, swap_test
 
 F = 6
 
@@ -73,7 +73,7 @@ def test_statistics_of_a_stream_are_numpys():
 
 
 def test_kept_features_are_spread_over_the_set(monkeypatch):
-    monkeypatch.setattr(evaluation, "KEPT", 10)
+    monkeypatch.setattr("ddpm_fast.evaluation.distances.KEPT", 10)
     made = statistics(torch.arange(100.0)[:, None].split(7), 100, "x")
     assert made.features is not None
     assert made.features[:, 0].tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]

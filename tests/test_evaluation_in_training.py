@@ -12,11 +12,11 @@ import pytest
 from training_setup import images, run
 
 from ddpm_fast import evaluation
-from ddpm_fast.cli_evaluate import _drawn
+from ddpm_fast.cli.evaluate import _drawn
 from ddpm_fast.data import DataError, ImageData
-from ddpm_fast.evaluation_in_training import LOG, BackgroundEvaluation
-from ddpm_fast.features import extractor
-from ddpm_fast.image_stream import open_stream
+from ddpm_fast.evaluation.features import extractor
+from ddpm_fast.evaluation.image_stream import open_stream
+from ddpm_fast.training.background_evaluation import LOG, BackgroundEvaluation
 
 
 def test_a_run_is_evaluated_by_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import graph_backend, graph_loop, graphs, ops
+from ddpm_fast import graphs, ops
 from ddpm_fast.engine import CallableProgram, Program, StepProgram
-from ddpm_fast.graph_capture import CHUNK_STEPS
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.graphs import GraphCache, GraphCaptureError, Runner
-from ddpm_fast.prepared import prepare
+from ddpm_fast.graphs import backend as graph_backend
+from ddpm_fast.graphs import loop as graph_loop
+from ddpm_fast.graphs.capture import CHUNK_STEPS
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table

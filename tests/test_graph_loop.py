@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_fast import graph_loop
-from ddpm_fast.graph_loop import Bindings, LoopUnavailable, WhileGraph
+from ddpm_fast.graphs import loop as graph_loop
+from ddpm_fast.graphs.loop import Bindings, LoopUnavailable, WhileGraph
 
 CAPABILITY = (9, 0)
 

@@ -16,9 +16,9 @@ from toy_program import FORMS, Toy, eager, make, same_bits
 
 from ddpm_fast import graphs, ops
 from ddpm_fast.engine import CallableProgram, StepProgram
-from ddpm_fast.graph_capture import CHUNK_STEPS
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.graphs import GraphCache, GraphCaptureError
-from ddpm_fast.prepared import prepare
+from ddpm_fast.graphs.capture import CHUNK_STEPS
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table
 from ddpm_fast.unet import UNet, UNetConfig

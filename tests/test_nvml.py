@@ -14,8 +14,8 @@ import pytest
 import torch
 from nvml_stand_in import LOST, NO_FUNCTION, NO_PERMISSION, NOT_SUPPORTED, UNKNOWN, Board, Library, watched
 
-from ddpm_fast.nvml import FIELDS, Watch, integral
-from ddpm_fast.nvml_devices import Identity, find_handle, torch_identity
+from ddpm_fast.profiling.nvml import FIELDS, Watch, integral
+from ddpm_fast.profiling.nvml_devices import Identity, find_handle, torch_identity
 
 A, B = Board("GPU-aaaa-1", "00000000:01:00.0"), Board("GPU-bbbb-2", "00000000:41:00.0")
 

@@ -24,7 +24,7 @@ from ddpm_fast.presets import PRESETS
 from ddpm_fast.unet import TimeRows, UNet
 
 pytest.importorskip("triton", reason="the fused operations need Triton")
-from ddpm_fast.ops_triton import FeatureMap
+from ddpm_fast.ops.triton_set import FeatureMap
 
 # 32 and 64 channels in 8 groups: 32 + 64 = 96 channels make groups of 12, the third of which straddles the seam.
 SMALL: dict[str, Any] = {

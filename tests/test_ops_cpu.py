@@ -17,11 +17,11 @@ from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast import ops
-from ddpm_fast.choose_ops import choose_ops
+from ddpm_fast.engine.choose_ops import choose_ops
+from ddpm_fast.engine.prepared import prepare, weight_bytes
 from ddpm_fast.kernels import host_memory, norm_cpu, onednn, reference, upsample_difference
 from ddpm_fast.kernels.reference import Shortcut
-from ddpm_fast.ops_cpu import channels_last
-from ddpm_fast.prepared import prepare, weight_bytes
+from ddpm_fast.ops.cpu_set import channels_last
 from ddpm_fast.unet import TimeRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,12 +13,14 @@ from models import normal, unet
 from torch import Tensor
 
 import ddpm_fast as df
-from ddpm_fast import compiled, ops, ops_winograd
+from ddpm_fast import ops
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.kernels import reference
 from ddpm_fast.kernels.reference import Shortcut
 from ddpm_fast.kernels.winograd import F2, F4, Products, Scheme
-from ddpm_fast.ops_winograd import FeatureMap, Normalised, PackedWinograd
-from ddpm_fast.prepared import prepare
+from ddpm_fast.ops import compiled
+from ddpm_fast.ops import winograd_set as ops_winograd
+from ddpm_fast.ops.winograd_set import FeatureMap, Normalised, PackedWinograd
 from ddpm_fast.unet import TimeRows, UNet
 
 
@@ -308,7 +310,7 @@ def test_whole_models(winograd: ops.Ops, used: set[str], which: str, n: int, dty
 
 def test_recorded_weighed_and_for_another_batch(winograd: ops.Ops):
     """The set under `recording` and `weight_bytes`; forms for a second batch size beside those of the first."""
-    from ddpm_fast.prepared import weight_bytes
+    from ddpm_fast.engine.prepared import weight_bytes
 
     model = unet(SMALL)
     recorded, log = ops.recording(winograd)

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddpm_fast as df
 from ddpm_fast import cli, ops, planning
 from ddpm_fast.engine import StepProgram
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.gpus import GPUS, Gpu, gpu
 from ddpm_fast.kernels.cost import Cost, total
 from ddpm_fast.planning import group, plan, records
-from ddpm_fast.prepared import prepare
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.step_table import step_table
 

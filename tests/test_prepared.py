@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ddpm_fast import ops
 from ddpm_fast.config import UNetConfig
+from ddpm_fast.engine.prepared import prepare, weight_bytes
 from ddpm_fast.kernels.conv_pack import PackedConv, pack_upsample_conv
-from ddpm_fast.prepared import prepare, weight_bytes
 from ddpm_fast.unet import UNet
 
 SMALL: dict[str, Any] = {

@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddpm_fast as df
 from ddpm_fast import cli, ops
 from ddpm_fast.kernels import cost
-from ddpm_fast.nvml import Sample, Series
 from ddpm_fast.planning import records
 from ddpm_fast.profiling import Profile, limits, profile, step_cost
-from ddpm_fast.profiling_probe import CudaClock, HostClock, Step, unpadded
-from ddpm_fast.profiling_run import measure, watched_run
-from ddpm_fast.profiling_text import HEADER, cells, profile_text
+from ddpm_fast.profiling.nvml import Sample, Series
+from ddpm_fast.profiling.probe import CudaClock, HostClock, Step, unpadded
+from ddpm_fast.profiling.run import measure, watched_run
+from ddpm_fast.profiling.text import HEADER, cells, profile_text
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.step_table import step_table
 
@@ -195,7 +195,7 @@ def test_images_are_those_without_a_profile():
     probe, plain = measure(sampler, 6, timed.clock, None)
     assert len(plain) == len(probe.steps) == 6 and sampler.ops is set_before
     assert torch.equal(sampler.sample(2, seed=3), expected)
-    from ddpm_fast.profiling_run import with_ops
+    from ddpm_fast.profiling.run import with_ops
 
     assert torch.equal(with_ops(sampler, probe.instrument(sampler.ops)).sample(2, seed=3), expected)
 
@@ -278,7 +278,7 @@ def test_a_watched_run_counts_whole_chains_and_parts(monkeypatch: pytest.MonkeyP
     assert run.steps == 50 and len(counted) == 100 and watch.on == 2  # as many unwatched, before
     assert run.seconds > 0 and run.began == 7.0 and waits == [0, 50, 50, 100]
     ticks = iter(range(1000))
-    monkeypatch.setattr("ddpm_fast.profiling_run.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("ddpm_fast.profiling.run.time.perf_counter", lambda: float(next(ticks)))
     longer = watched_run(sampler, "none", 3.0, None, FakeWatch(), lambda: None)
     assert longer.steps == 70 + 50 and longer.seconds == 4 and len(counted) == 100 + 50 + longer.steps
 
@@ -330,7 +330,7 @@ class FakeCuda:
 
 def test_cuda_events_give_seconds_and_launches_run_ahead(monkeypatch: pytest.MonkeyPatch):
     cuda, now = FakeCuda(), [50.0]
-    monkeypatch.setattr("ddpm_fast.profiling_probe.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ddpm_fast.profiling.probe.time.perf_counter", lambda: now[0])
     clock = CudaClock(torch.device("cuda"), cuda)
     for host_s in (7.0, 0.25, 3.0, 0.01):  # with compilation, without, and where the host waits for the stream
         clock.ready()

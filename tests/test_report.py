@@ -16,11 +16,11 @@ from nvml_stand_in import NOT_SUPPORTED, Board, watched
 from profiling_stand_in import made_up_profile, with_gpus
 
 from ddpm_fast import report
-from ddpm_fast.nvml import Series
 from ddpm_fast.profiling import Profile
-from ddpm_fast.profiling_text import cells, short
-from ddpm_fast.report_charts import LogAxis, quantity
-from ddpm_fast.report_page import COLUMNS, page
+from ddpm_fast.profiling.nvml import Series
+from ddpm_fast.profiling.text import cells, short
+from ddpm_fast.report.charts import LogAxis, quantity
+from ddpm_fast.report.page import COLUMNS, page
 
 EVIL = '</script><script>alert("x")</script>&amp;<b>'
 
@@ -209,7 +209,7 @@ def luminance(colour: str) -> float:
 
 def test_contrast_in_both_schemes():
     """WCAG 2 AA: 4.5 for text, 3 for what is drawn."""
-    css = (Path(report.__file__).parent / "assets" / "report" / "page.css").read_text()
+    css = (Path(report.__file__).parents[1] / "assets" / "report" / "page.css").read_text()
     schemes = [
         dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
     ]

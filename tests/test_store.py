@@ -21,9 +21,9 @@ from models import TINY, unet
 from store_setup import SHAPE, StandIn, begin, checkpoint, expected, files, levels, manifest, without_manifest
 
 import ddpm_fast as df
-from ddpm_fast import store_manifest
 from ddpm_fast.store import SampleStore, StoreError
-from ddpm_fast.workers import fill
+from ddpm_fast.store import manifest as store_manifest
+from ddpm_fast.store.workers import fill
 
 IMAGES = np.stack([levels(3, i) for i in range(22)])
 
@@ -169,9 +169,9 @@ def test_a_copied_set_is_compared_once(whole: Path, tmp_path: Path, monkeypatch:
     shutil.copytree(whole, tmp_path / "copy", copy_function=shutil.copy)
     for path in (tmp_path / "copy" / "images").iterdir():
         os.utime(path, ns=(2 * 10**18, 2 * 10**18))
-    monkeypatch.setattr("ddpm_fast.store.os.utime", lambda path: os_utime(path, ns=(2 * 10**18, 2 * 10**18)))
+    monkeypatch.setattr("ddpm_fast.store.samples.os.utime", lambda path: os_utime(path, ns=(2 * 10**18, 2 * 10**18)))
     hashed = []
-    from ddpm_fast import store as module
+    from ddpm_fast.store import samples as module
 
     digest = module._digest
     monkeypatch.setattr(module, "_digest", lambda path: hashed.append(path) or digest(path))
@@ -253,7 +253,7 @@ def test_memory_does_not_grow_with_n(tmp_path: Path):
 
 
 def test_a_shard_larger_than_is_held_at_once_is_drawn_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ddpm_fast.workers.HELD_BYTES", 4 * 4 * int(np.prod(SHAPE)) * 2)  # two batches of four
+    monkeypatch.setattr("ddpm_fast.store.workers.HELD_BYTES", 4 * 4 * int(np.prod(SHAPE)) * 2)  # two batches of four
     calls: list[int] = []
     sampler = StandIn()
     draw = sampler.sample

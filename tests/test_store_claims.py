@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ddpm_fast import store_claims
-from ddpm_fast.store_claims import Claims
+from ddpm_fast.store import claims as store_claims
+from ddpm_fast.store.claims import Claims
 
 
 def claim_of(folder: Path, name: str, **owner: Any) -> Path:
@@ -38,7 +38,7 @@ def test_a_claim_has_one_owner_until_it_is_given_back(tmp_path: Path):
 def test_of_many_processes_one_takes_it(tmp_path: Path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from pathlib import Path; from ddpm_fast.store_claims import Claims\n"
+        "from pathlib import Path; from ddpm_fast.store.claims import Claims\n"
         "sys.stdin.readline()\n"
         "claims = Claims(Path(sys.argv[1])).__enter__()\n"
         "print(sum(claims.take(str(k)) for k in range(200)), flush=True)\n"
@@ -49,9 +49,9 @@ def test_of_many_processes_one_takes_it(tmp_path: Path):
     words = [
         sys.executable,
         "-c",
-        code.replace("ddpm_fast.store_claims", "store_claims"),
+        code.replace("ddpm_fast.store.claims", "claims"),
         str(tmp_path),
-        f"{root}/ddpm_fast",
+        f"{root}/ddpm_fast/store",
     ]
     workers = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     for worker in workers:

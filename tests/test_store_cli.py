@@ -17,8 +17,9 @@ from store_setup import files
 from test_cli import Run, checkpoint, classes, drawn, run
 
 import ddpm_fast as df
-from ddpm_fast import cli_sample, store_manifest
+from ddpm_fast.cli import sample as cli_sample
 from ddpm_fast.store import SampleStore
+from ddpm_fast.store import manifest as store_manifest
 
 
 def stored(folder: Path) -> np.ndarray:

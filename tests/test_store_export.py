@@ -14,8 +14,8 @@ from PIL import Image
 from store_setup import StandIn, begin, files, levels
 
 from ddpm_fast.store import SampleStore, StoreError
-from ddpm_fast.store_export import export
-from ddpm_fast.workers import fill
+from ddpm_fast.store.export import export
+from ddpm_fast.store.workers import fill
 
 IDS = range(7, 18)
 LABELS = [i % 3 for i in IDS]

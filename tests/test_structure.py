@@ -23,31 +23,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LIMIT = 400  # lines of a file
 ALLOWED_IN_KERNELS = {"torch", "triton", "numpy"}
 
-# A module imports from its own layer and those below, without circles (of imports at
-# the top of files). One that is not named here may stand
-# anywhere, as long as it closes no circle.
+# A module, or a package of modules, imports from its own layer and those below, without circles (of imports at
+# the top of files). One that is not named here may stand anywhere, as long as it closes no circle.
 LAYERS = [
     {"kernels", "_version"},
-    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed"}
-    | {"whole_files", "store_claims"},
-    {"compiled", "ops", "ops_triton", "ops_cpu", "ops_winograd", "step_table", "noise", "diffusion", "data"},
-    {"time_rows", "unet", "presets", "ema", "train_state"},
-    {"checkpoints", "graphs", "graph_backend", "graph_capture", "graph_loop", "prepared", "engine", "images"}
-    | {"store", "store_manifest", "store_export"},
-    {"sampler", "inspection", "batching", "sampler_call", "nonfinite"},
-    {"dropin", "train_step", "training", "planning", "verification", "benchmarking", "roofline", "workers"}
-    | {"nvml", "nvml_devices", "profiling", "profiling_probe", "profiling_run", "profiling_text"}
-    | {"report", "report_charts", "report_page"},
-    {
-        "training_cli",
-        "cli_options",
-        "cli_engine",
-        "cli_convert",
-        "cli_bench",
-        "cli_sample",
-        "cli_export",
-        "cli_profile",
-    },
+    {"config", "schedule", "whole_files", "distributed"},
+    {"ops", "step_table", "noise", "diffusion", "data"},
+    {"unet", "presets"},
+    {"checkpoints", "graphs", "images"},
+    {"engine", "sampler", "inspection"},
+    {"dropin", "store", "evaluation", "training", "planning", "verification", "benchmarking", "roofline"}
+    | {"profiling", "report"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -101,7 +87,7 @@ def test_kernels_import_torch_triton_numpy_and_siblings(path: Path):
 
 
 def test_imports_go_one_way():
-    """A module imports only from layers below its own, or from its own layer; and there is no circle."""
+    """A module or package imports only from layers below its own, or from its own layer; and there is no circle."""
     graph: dict[str, set[str]] = {}
     at_once: dict[str, set[str]] = {}  # without what a function imports when it is called
     for path in PACKAGE.rglob("*.py"):
@@ -136,8 +122,9 @@ def test_the_named_edges():
     assert modules_of_ours(imports(PACKAGE / "schedule.py")) == {"kernels", "respacing"}
     assert modules_of_ours(imports(PACKAGE / "config.py")) == {"kernels"}
     assert modules_of_ours(imports(PACKAGE / "diffusion.py")) == {"schedule"}
-    for name in ("unet", "sampler", "schedule", "diffusion", "noise", "step_table", "ops"):
-        assert not modules_of_ours(imports(PACKAGE / f"{name}.py")) & {"cli", "training", "checkpoints", "images"}
+    for name in ("sampler", "schedule", "diffusion", "noise", "step_table", "unet", "ops", "engine", "graphs"):
+        for path in [PACKAGE / f"{name}.py"] if (PACKAGE / f"{name}.py").exists() else (PACKAGE / name).glob("*.py"):
+            assert not modules_of_ours(imports(path)) & {"cli", "training", "checkpoints", "images"}, path
     assert not [p for p in PACKAGE.rglob("*.py") if {n.split(".")[0] for n in imports(p)} & {"tests", "benchmarks"}]
 
 
@@ -155,9 +142,9 @@ def test_kernels_is_a_link_and_no_package_of_its_own():
 def test_no_top_level_package_but_ours_is_installed():
     """An installed ``kernels`` would shadow the Hugging Face package of that name."""
     packages = PROJECT["tool"]["setuptools"]["packages"]
-    assert packages == ["ddpm_fast", "ddpm_fast.benchmarking", "ddpm_fast.checkpoints", "ddpm_fast.kernels"]
+    assert all(name.split(".")[0] == "ddpm_fast" for name in packages)
     below = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("*.py")}
-    assert below <= {*packages, "ddpm_fast.kernels"}  # and none is forgotten
+    assert below | {"ddpm_fast.kernels"} == set(packages)  # and none is forgotten
 
 
 def build(folder: Path) -> Path:
@@ -236,7 +223,7 @@ print({"triton", "diffusers"} & set(sys.modules) == before)
 
 
 def test_no_file_is_longer_than_its_readers_patience():
-    lengths = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in sources()}
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in sources()}
     assert {name: n for name, n in lengths.items() if n > LIMIT} == {}
 
 

@@ -25,10 +25,12 @@ import pytest
 import torch
 from training_setup import CONFIG, CPU, MODEL, SCHEDULE, assert_same_run, images, run
 
-from ddpm_fast import distributed, train_state, training_cli
+from ddpm_fast import distributed
+from ddpm_fast.cli import train as training_cli
 from ddpm_fast.distributed import World
-from ddpm_fast.train_step import DROPOUT, Batch, Trainer, make_batch, stream_seed
+from ddpm_fast.training import state as train_state
 from ddpm_fast.training import train
+from ddpm_fast.training.step import DROPOUT, Batch, Trainer, make_batch, stream_seed
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix" or not torch.distributed.is_gloo_available(), reason="needs gloo and POSIX signals"

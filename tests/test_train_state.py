@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast import train_state
-from ddpm_fast.train_state import ResumeError
+from ddpm_fast.training import state as train_state
+from ddpm_fast.training.state import ResumeError
 
 
 def test_two_states_are_kept_and_none_of_a_later_step(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from training_setup import CLASSES, CONFIG, COUNT, CPU, MODEL, SCHEDULE, images, trainer
 
-from ddpm_fast import Schedule, UNet, UNetConfig, train_step
+from ddpm_fast import Schedule, UNet, UNetConfig
 from ddpm_fast.data import ImageData
-from ddpm_fast.ema import EMA
 from ddpm_fast.presets import PRESETS, TrainConfig, learning_rate, preset
-from ddpm_fast.train_step import DIFFUSION, ORDER, Trainer, batch_index, check_fit, make_batch, stream_seed
+from ddpm_fast.training import step as train_step
+from ddpm_fast.training.ema import EMA
+from ddpm_fast.training.step import DIFFUSION, ORDER, Trainer, batch_index, check_fit, make_batch, stream_seed
 
 # Batches
 

@@ -22,13 +22,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_setup import CONFIG, CPU, MODEL, SCHEDULE, assert_same_run, images, run
 
-from ddpm_fast import Sampler, Schedule, UNetConfig, to_uint8, train_state
+from ddpm_fast import Sampler, Schedule, UNetConfig, to_uint8
 from ddpm_fast.data import ImageData, load_data
 from ddpm_fast.images import grid
 from ddpm_fast.presets import TrainConfig
-from ddpm_fast.train_state import ResumeError
-from ddpm_fast.train_step import Trainer
 from ddpm_fast.training import TrainingDiverged, train
+from ddpm_fast.training import state as train_state
+from ddpm_fast.training.state import ResumeError
+from ddpm_fast.training.step import Trainer
 
 
 @pytest.fixture(autouse=True)

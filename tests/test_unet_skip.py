@@ -13,8 +13,8 @@ from models import diffusers_unet, normal, unet
 from test_unet import NCSNPP, relative_error
 
 from ddpm_fast import ops
+from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.kernels import reference
-from ddpm_fast.prepared import prepare
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.unet import TimeRows, UNet

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from house_rule import fresh, poison
 from torch import Tensor
 
-from ddpm_fast import compiled, ops_winograd
 from ddpm_fast.kernels import onednn, reference
 from ddpm_fast.kernels.winograd import (
     AFFINE,
@@ -28,6 +27,8 @@ from ddpm_fast.kernels.winograd import (
     scheme_for,
     transformed_filter,
 )
+from ddpm_fast.ops import compiled
+from ddpm_fast.ops import winograd_set as ops_winograd
 
 
 def _compiler() -> str | None:

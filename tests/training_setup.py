@@ -12,8 +12,8 @@ import torch
 from ddpm_fast import Schedule, UNetConfig
 from ddpm_fast.data import ImageData
 from ddpm_fast.presets import TrainConfig
-from ddpm_fast.train_step import Trainer
 from ddpm_fast.training import TrainResult, train
+from ddpm_fast.training.step import Trainer
 
 CPU = torch.device("cpu")
 CLASSES = 3

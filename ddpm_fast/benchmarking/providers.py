@@ -75,7 +75,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     packages: tuple[str, ...] = ()  # what it needs besides our own requirements
-    operations: str | None = None  # the set in ops.py, of ours
+    operations: str | None = None  # the set in ops/, of ours
     compiles: bool = False  # its first use may be slower than the next, which finds compiled code on disk
     lacks: Callable[[torch.device, torch.dtype], str | None] = field(default=lambda device, dtype: None)
 

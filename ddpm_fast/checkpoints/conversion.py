@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..config import SKIP_DOWN, SKIP_UP, UNetConfig
 from ..schedule import Schedule
-from ..train_state import write_atomically
 from ..unet import UNet, sinusoid
+from ..whole_files import write_atomically
 from .diffusers import save
 from .express import for_diffusers
 from .family import FLOATS, Checkpoint

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..config import UNetConfig
 from ..schedule import Schedule
-from ..train_state import write_atomically
 from ..unet import UNet
+from ..whole_files import write_atomically
 from . import infer
 from .express import for_diffusers
 from .family import FLOATS, Checkpoint, Family, Found, check_names, fit

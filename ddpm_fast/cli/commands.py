@@ -1,0 +1,128 @@
+"""``ddpm-fast``: parses, calls, prints. Everything it does is reachable from Python too."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import bench, convert, engine, evaluate, export, profile, sample
+from .options import Device, Preset, Settings, Source, assignments, chosen_device
+
+# Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
+_USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Denoising diffusion (DDPM), exact and fast: sample, train, inspect.",
+)
+
+app.command()(sample.sample)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(help="A folder of images, .npz, .npy, .tar(.gz, .xz), or avatars:STYLE. Default: the preset's."),
+    ] = "",
+    out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run in it goes on.")] = Path("runs/ddpm"),
+    preset: Annotated[str, typer.Option(help="tiny, cifar10 or lsun256.")] = "tiny",
+    image_size: Annotated[
+        int | None, typer.Option(help="Scale and crop images to this many pixels. Default: the preset's.")
+    ] = None,
+    label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.0,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Ignore the data's labels.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
+    device: Device = None,
+    settings: Settings = None,
+) -> None:
+    """Train a model (Algorithm 1). --set takes any field of TrainConfig, UNetConfig or Schedule."""
+    from .train import run
+
+    finished = run(
+        data=data,
+        out=out,
+        preset_name=preset,
+        image_size=image_size,
+        label_dropout=label_dropout,
+        unconditional=unconditional,
+        strict=strict,
+        device=chosen_device(device),
+        overrides=assignments(settings),
+    )
+    if not finished:
+        print(f"stopped; the same command goes on from the last state in {out / 'state'}", file=sys.stderr)
+        raise SystemExit(130)
+
+
+@app.command()
+def inspect(
+    source: Source = None,
+    batch_size: Annotated[int, typer.Option(help="For the memory estimate.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    preset: Preset = None,
+    settings: Settings = None,
+) -> None:
+    """Print a checkpoint's architecture, schedule, cost and memory."""
+    from ..checkpoints import load
+    from ..inspection import describe, describe_text
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
+    facts = describe(load(source, preset, assignments(settings)), batch_size)
+    print(json.dumps(facts, indent=2) if as_json else describe_text(facts))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Print versions, devices, what is accelerated here and what is missing."""
+    from ..inspection import diagnose, diagnose_text
+
+    facts = diagnose()
+    print(json.dumps(facts, indent=2) if as_json else diagnose_text(facts))
+
+
+for command in (
+    engine.verify,
+    engine.plan,
+    export.export,
+    convert.convert,
+    evaluate.evaluate,
+    bench.roofs,
+    profile.profile,
+):
+    app.command()(command)
+app.command(cls=bench.SeveralValues)(bench.bench)
+
+
+def main() -> None:
+    """The entry point: a user's mistake costs one line on stderr and exit code 2, never a traceback."""
+    warnings.showwarning = lambda message, *_: print(f"ddpm-fast: warning: {message}", file=sys.stderr)
+    try:
+        code = app(standalone_mode=False)
+        if code == 130:  # some versions of typer catch the interrupt and return this
+            raise KeyboardInterrupt
+        raise SystemExit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("ddpm-fast: interrupted; nothing half-written is left", file=sys.stderr)
+        raise SystemExit(130) from None
+    except _USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            raise SystemExit(0) from None
+        _fail(error.format_message())
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print("ddpm-fast: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)

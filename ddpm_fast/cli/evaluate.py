@@ -1,0 +1,158 @@
+"""``ddpm-fast evaluate``: how far samples are from what they should look like, and whether two sets differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Device, chosen_device
+
+Pair = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(metavar="A B", help="Instead: can these two sets of samples of one model be told apart?"),
+]
+
+
+def evaluate(
+    samples: Annotated[
+        str | None,
+        typer.Argument(help="A sample store, an .npz, .npy, .tar or a folder of pictures; with --draw a checkpoint."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The reference: images in any of these forms, or an .npz of statistics (mu, sigma)."),
+    ] = None,
+    pair: Pair = None,
+    features: Annotated[
+        str, typer.Option(help="efficientnet-lite0 (FD-EffLite0, offline) or inception (FID).")
+    ] = "efficientnet-lite0",
+    weights: Annotated[Path | None, typer.Option(help="Of inception, where they cannot be downloaded.")] = None,
+    draw: Annotated[int | None, typer.Option(help="SAMPLES is a checkpoint: draw this many from it.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Scale and crop DATA to this many pixels first.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    most_pairs: Annotated[int, typer.Option(help="Of --pair: images of each set that are compared.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Of the resampling, and of --draw.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the statistics of references.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also keep the reference's statistics in this .npz.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Also append the result to this file, a JSON object a line.")] = None,
+    note: Annotated[str | None, typer.Option(help="Goes into the result, such as the training step.")] = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Frechet distance and KID of samples against images; or with --pair whether two sets differ."""
+    from ..evaluation.features import extractor
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
+    if (pair is None) == (samples is None):
+        raise ValueError("give either SAMPLES with --against DATA, or --pair A B")
+    if pair is None and against is None:
+        raise ValueError("SAMPLES need --against DATA: the images that they should look like")
+    chosen = extractor(features, chosen_device(device), weights)
+    progress = not as_json
+    if pair is not None:
+        from ..evaluation.image_stream import open_stream
+        from ..evaluation.two_sample import compare_pair
+
+        first, second = (open_stream(path) for path in pair)
+        report = compare_pair(first, second, chosen, most_pairs, batch_size, seed)
+        facts, text = report.facts(), pair_text(report)
+    else:
+        assert samples is not None and against is not None
+        result = _against(samples, against, chosen, draw, image_size, batch_size, seed, cache, save, device, progress)
+        facts, text = result.facts(), evaluation_text(result)
+    if note is not None:
+        facts["note"] = note
+    if log is not None:
+        with open(log, "a") as file:
+            file.write(json.dumps(facts) + "\n")
+    print(json.dumps(facts, indent=2) if as_json else text)
+
+
+def _against(
+    samples: str,
+    against: str,
+    chosen: Any,
+    draw: int | None,
+    image_size: int | None,
+    batch_size: int,
+    seed: int,
+    cache: Path | None,
+    save: Path | None,
+    device: str | None,
+    progress: bool,
+) -> Any:
+    from .. import evaluation
+    from ..evaluation.image_stream import open_stream
+
+    if draw is not None and draw < 2:
+        raise ValueError(f"--draw must be at least 2; got {draw}")
+    stream = open_stream(samples) if draw is None else _drawn(samples, draw, batch_size, seed, device)
+    if Path(against).suffix.lower() == ".npz" and evaluation.is_statistics(Path(against)):
+        known = evaluation.load_statistics(Path(against))
+    else:
+        known = evaluation.reference(open_stream(against, image_size), chosen, batch_size, progress, cache)
+    if save is not None:
+        evaluation.save_statistics(save, known)
+    return evaluation.evaluate(stream, known, chosen, batch_size, progress, seed)
+
+
+def _drawn(source: str, n: int, batch_size: int, seed: int, device: str | None) -> Any:
+    """Samples of a checkpoint as a stream, drawn as they are asked for; of every class in turn where it has some."""
+    import torch
+
+    from ..checkpoints import load
+    from ..evaluation.image_stream import ImageStream
+    from ..sampler import Sampler, to_uint8
+
+    checkpoint = load(source)
+    sampler = Sampler(checkpoint.model, checkpoint.schedule, batch_size=batch_size, device=chosen_device(device))
+
+    def batches(size: int) -> Any:
+        for first in range(0, n, size):
+            count = min(size, n - first)
+            labels = sampler.num_classes and torch.arange(first, first + count) % sampler.num_classes
+            yield to_uint8(sampler.sample(count, seed, labels, first_id=first)).cpu().numpy()
+
+    return ImageStream(n, source, "", batches)
+
+
+def evaluation_text(result: Any) -> str:
+    """For people."""
+    of = f"{result.count:,} samples against " + (
+        "statistics" if result.against_count is None else f"{result.against_count:,} images"
+    )
+    lines = [f"{result.distance_name}  {result.distance:.4f}   {of}"]
+    if result.extrapolated is not None:
+        lines.append(f"  at infinitely many samples, extrapolated: {result.extrapolated:.4f}")
+    if result.kid is not None:
+        lines.append(f"KID x 1000  {1000 * result.kid:.4f} +- {1000 * result.kid_std:.4f}   (over subsets)")
+    return "\n".join([*lines, f"features: {result.extractor}", *(f"note: {note}" for note in result.notes)])
+
+
+def pair_text(report: Any) -> str:
+    """For people."""
+    verdict = "cannot be told apart"
+    if report.distinguishable:
+        verdict = "can be told apart" + ("" if report.distinguishable_as_sets else ", but only image by image")
+    psnr = "no difference" if report.psnr is None else f"PSNR {report.psnr:.1f} dB"
+    low, high = report.interval
+    noise = {
+        True: "from the same noise, by their manifests",
+        False: "not from the same noise and model, by their manifests",
+        None: "paired by position",
+    }[report.same_noise]
+    return "\n".join(
+        [
+            f"the sets {verdict}: {report.pairs:,} pairs, p = {report.p_value:.4f}; "
+            f"without noise in common p = {report.unpaired_p_value:.4f} (below 0.05 tells them apart)",
+            f"KID x 1000  {1000 * report.kid:.5f}, 95 % of resamples in {1000 * low:.5f} .. {1000 * high:.5f}; "
+            f"above {1000 * report.threshold:.5f} it tells them apart",
+            f"  without noise in common {1000 * report.unpaired_kid:.5f}; above {1000 * report.unpaired_threshold:.5f}",
+            f"pairs: {noise}; {report.identical:,} equal in every byte; "
+            f"mean difference {report.pixel_error:.3f} of 255, {psnr}",
+        ]
+    )

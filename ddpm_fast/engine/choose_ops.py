@@ -1,0 +1,102 @@
+"""Which set of operations serves a sampler: that which was named, or by the device and the length of the run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import nn
+
+from .. import ops as ops_module
+from ..ops import Ops, compiled, winograd_set
+from ..unet import Attention, UNet
+
+NAMES = ("auto", "reference", "cpu", "winograd", "triton")
+# Work of a thread, in FLOPs of direct convolutions, from which compiling the transforms pays. That takes about 4 s, a
+# thread with AVX-512 does some 1e11 FLOP/s, and half of them are saved with wide layers, an eighth with narrow ones.
+# Whether the transforms are cached is not asked: a set of images is resumed by the operations that began it.
+LONG_RUN = 3e12
+
+
+def choose_ops(
+    ops: str | Ops,
+    device: torch.device,
+    model: object = None,
+    dtype: torch.dtype = torch.float32,
+    image_shape: tuple[int, int, int] = (0, 0, 0),  # (C, H, W)
+    batch_size: int | None = None,  # None: that which `batching.choose` would take
+    steps: int = 1,
+) -> tuple[Ops, str]:
+    """The set called ``ops``, or an `Ops` value as it is; and, for "auto", why.
+
+    "auto": the fused kernels on a GPU where Triton is installed; on a CPU `winograd` for a `UNet` where one batch is
+    long enough, else `cpu`; elsewhere `reference`. Raises ValueError for an unknown name, RuntimeError where a
+    named set cannot run.
+    """
+    if isinstance(ops, Ops):
+        return ops, "given"
+    reason = "named"
+    if ops == "auto" and device.type == "cpu":
+        flops = steps * flops_of_a_batch(model, image_shape, batch_size) if isinstance(model, UNet) else 0.0
+        ops, reason = for_cpu(flops, torch.get_num_threads(), dtype, _obstacle(dtype))
+    elif ops == "auto":
+        ops = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "reference"
+        reason = f"the device is {device.type}"
+    if ops not in NAMES:
+        raise ValueError(f"ops must be one of {', '.join(NAMES)}, or an Ops value; got {ops!r}")
+    chosen: Ops = getattr(ops_module, ops)()
+    return chosen, reason
+
+
+def for_cpu(flops: float, threads: int, dtype: torch.dtype, obstacle: str | None) -> tuple[str, str]:
+    """(set, reason) for a run of ``flops``. ``obstacle``: why `winograd` cannot run here, or None."""
+    work = f"{flops / threads / 1e12:.2g} TFLOP a thread"
+    if flops < LONG_RUN * threads:
+        return "cpu", f"one batch is {work}; compiling for winograd pays from {LONG_RUN / 1e12:g}"
+    if obstacle is not None:
+        return "cpu", f"one batch is {work}, long enough for winograd, but {obstacle}"
+    return "winograd", f"one batch is {work}; compiling pays from {LONG_RUN / 1e12:g}"
+
+
+def flops_of_a_batch(model: UNet, image_shape: tuple[int, int, int], batch_size: int | None) -> float:
+    """FLOPs of one step."""
+    flops = flops_of_an_image(model, *image_shape[1:])
+    if batch_size is None:
+        from .batching import fast_batch
+
+        batch_size = fast_batch(flops, sum(p.numel() for p in model.parameters()))
+    return float(batch_size * flops)
+
+
+def flops_of_an_image(model: UNet, height: int, width: int) -> int:
+    """FLOPs of the convolutions and of attention, from names and shapes of the weights.
+
+    `inspection.model_cost` counts all of a model by running it over the meta device, which takes seconds to import.
+    """
+    levels, flops = model.config.levels, 0
+    for name, module in model.named_modules():
+        parts = [*name.split("."), "", ""]
+        level = 0
+        if parts[0] in ("down_blocks", "up_blocks") and parts[1]:
+            down = parts[0] == "down_blocks"
+            level = int(parts[1]) if down else levels - 1 - int(parts[1])
+            if "samplers" in parts[2]:  # computed at the size that comes of it
+                level += 1 if down else -1
+        elif parts[0] == "mid_block":
+            level = levels - 1
+        pixels = (height >> level) * (width >> level)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and "time_emb" not in name and "embedding" not in parts[0]:
+            flops += 2 * module.weight.numel() * pixels
+        elif isinstance(module, Attention):
+            flops += 4 * module.to_v.out_features * pixels**2
+    return flops
+
+
+def _obstacle(dtype: torch.dtype) -> str | None:
+    if not winograd_set.computes(dtype):
+        return f"it does not compute in {str(dtype).removeprefix('torch.')} on this processor"
+    try:
+        compiled.compiler()
+    except RuntimeError:
+        return "there is no C++ compiler (c++, g++ or clang++)"
+    return None

@@ -217,7 +217,7 @@ class WholeModel:
 
 
 def priced(model: Callable[..., Any], log: list[Record]) -> Callable[..., Any]:
-    """``model``, whose calls go to ``log``: FLOPs as torch counts them; bytes of weights, input and output."""
+    """``model``, whose calls go to ``log``: FLOPs as torch counts them; bytes of weights, feature maps and output."""
     held = getattr(model, "parameters", None)
     weights = list(held()) if callable(held) else []
 
@@ -226,7 +226,8 @@ def priced(model: Callable[..., Any], log: list[Record]) -> Callable[..., Any]:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             result = model(x, *args, **kwargs)
         y = result[0] if isinstance(result, (tuple, list)) else getattr(result, "sample", result)
-        read = sum(t.numel() * t.element_size() for t in (x, *weights))
+        maps = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4]  # the x_0 of self-conditioning
+        read = sum(t.numel() * t.element_size() for t in (x, *maps, *weights))
         cost = Cost(counter.get_total_flops(), read, y.numel() * y.element_size(), 0)
         dtype = weights[0].dtype if weights else x.dtype
         log.append(Record("model", (("x", tuple(x.shape)), ("out", tuple(y.shape))), dtype, type(model).__name__, cost))

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from . import batching
 from .choose_ops import choose_ops
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram
+from .graphs import why_no_graph
 from .noise import NoiseSource
 from .nonfinite import FirstFaults, Unchanged, finite_images, repair
 from .ops import Ops
@@ -86,8 +87,8 @@ class Sampler:
         self.schedule, self.dtype, self.noise = schedule, dtype, noise
         self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
         self.device = torch.device(device) if device is not None else _device_of(model)
-        if graph not in ("auto", "none") and self.device.type != "cuda":
-            raise ValueError(f"graph={graph!r} needs a CUDA device; this sampler is on {self.device}; use graph='auto'")
+        if graph not in ("auto", "none") and (why_not := why_no_graph(self.device)):
+            raise ValueError(f"graph={graph!r} cannot be had: {why_not}; use graph='auto'")
         self.graph, self.guidance_scale = graph, guidance_scale
         self.image_shape = image_shape or _image_shape(model)
         batch = batch_size if isinstance(batch_size, int) else None

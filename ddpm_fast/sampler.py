@@ -121,6 +121,28 @@ class Sampler:
         """Label values the model takes, or None where it takes none."""
         return self.model.config.num_class_embeds if isinstance(self.model, UNet) else None
 
+    def checked_labels(
+        self, labels: int | Sequence[int] | Tensor | None, n: int
+    ) -> Tensor | None:  # [n, ...] on the sampler's device; None for a model without classes
+        """``labels`` as `sample` takes them, one an image. ValueError for what the model does not take."""
+        if labels is None:
+            if self.num_classes is not None:
+                raise ValueError(f"this model has {self.num_classes} classes: pass labels (an int, or one an image)")
+            return None
+        labels = torch.as_tensor(labels, device=self.device)
+        if labels.ndim == 0:
+            labels = labels.expand(n)
+        if len(labels) != n:
+            raise ValueError(f"labels must be one number, or one an image; got {len(labels)} for n={n}")
+        if isinstance(self.model, UNet):
+            if self.model.class_embedding is None:
+                raise ValueError("this model has no classes, so it takes no labels")
+            classes = self.num_classes
+            low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
+            if classes is not None and not 0 <= low <= high < classes:
+                raise ValueError(f"labels must be in 0..{classes - 1}; got {low}..{high}")
+        return labels
+
     @torch.inference_mode()
     def sample(
         self,
@@ -152,7 +174,7 @@ class Sampler:
             interval = 1 if each_step else max(1, len(self.table) // 50)
         if interval < 1:
             raise ValueError(f"interval must be 1 or more; got {interval}")
-        all_labels = self._labels(labels, n)
+        all_labels = self.checked_labels(labels, n)
         generators = self.noise if not isinstance(self.noise, str) else None
         if isinstance(generators, Sequence) and len(generators) not in (1, n):
             raise ValueError(f"a list of generators needs one an image; got {len(generators)} for n={n}")
@@ -287,25 +309,6 @@ class Sampler:
         # Noise from the host comes step by step, so a graph of several steps would never run.
         stepwise = program.noise is not None and self.graph in ("chunk", "loop")
         return graphs.runner(program, "step" if stepwise else self.graph)
-
-    def _labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
-        if labels is None:
-            if self.num_classes is not None:
-                raise ValueError(f"this model has {self.num_classes} classes: pass labels (an int, or one an image)")
-            return None
-        labels = torch.as_tensor(labels, device=self.device)
-        if labels.ndim == 0:
-            labels = labels.expand(n)
-        if len(labels) != n:
-            raise ValueError(f"labels must be one number, or one an image; got {len(labels)} for n={n}")
-        if isinstance(self.model, UNet):
-            if self.model.class_embedding is None:
-                raise ValueError("this model has no classes, so it takes no labels")
-            classes = self.num_classes
-            low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
-            if classes is not None and not 0 <= low <= high < classes:
-                raise ValueError(f"labels must be in 0..{classes - 1}; got {low}..{high}")
-        return labels
 
 
 def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:

@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import Checkpoint
+from .graphs import why_no_loop
 from .ops import recording, reference
+from .ops.compiled import compiler
 from .ops.triton_set import falls_back
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
@@ -221,7 +223,10 @@ def diagnose() -> dict[str, Any]:
     elif gpus:
         findings.append("a GPU is here but triton is not installed: pip install triton")
     else:
-        findings.append("no CUDA GPU is visible to torch: the plain PyTorch operations run on the CPU")
+        findings.append("no CUDA GPU is visible to torch: sampling runs on the CPU")
+    findings.append(_winograd_finding())
+    loops = {name: why_no_loop(torch.device(name)) for name in _devices(len(gpus))}
+    findings += [_loop_finding(name, why_not) for name, why_not in loops.items()]
     if not gpus and shutil.which("nvidia-smi"):
         findings.append("nvidia-smi is installed, but this torch sees no GPU; its build is " + _torch_build())
     if versions["triton"] is None:
@@ -234,8 +239,27 @@ def diagnose() -> dict[str, Any]:
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "torch_build": _torch_build(),
         "gpus": gpus,
+        "why_no_graph_loop": loops,
         "findings": findings,
     }
+
+
+def _devices(gpus: int) -> list[str]:
+    return [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
+
+
+def _loop_finding(device: str, why_not: str | None) -> str:
+    if why_not is None:
+        return f"{device}: a whole trajectory is one launch (graph=loop)"
+    return f"{device}: the loop of steps cannot run on the device (graph=loop): {why_not}"
+
+
+def _winograd_finding() -> str:
+    try:
+        found = compiler()
+    except RuntimeError as error:
+        return str(error)
+    return f"long runs on the CPU can have Winograd convolutions (ops=winograd), compiled by {' '.join(found)}"
 
 
 def _torch_build() -> str:

@@ -102,7 +102,10 @@ def plan(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
     if not isinstance(config, UNetConfig):
-        raise ValueError("plan prices the launches of our own U-Net; a network of another code base runs on torch's")
+        raise ValueError(
+            "plan prices the launches of our own U-Net; a network of another code base runs on torch's operations: "
+            "ddpm-fast profile times it"
+        )
     if config.image_size is None:
         raise ValueError("the model does not state its image size; give it as sample_size")
     target = gpu(on) if isinstance(on, str) else on

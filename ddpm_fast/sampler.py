@@ -17,6 +17,7 @@ from .engine.call import Call, Shown, padded, strides
 from .engine.choose_ops import choose_ops
 from .engine.nonfinite import FirstFaults, Unchanged, finite_images, repair
 from .engine.prepared import prepare
+from .graphs import why_no_graph
 from .noise import NoiseSource
 from .ops import Ops
 from .schedule import Schedule
@@ -85,8 +86,8 @@ class Sampler:
         self.schedule, self.dtype, self.noise = schedule, dtype, noise
         self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
         self.device = torch.device(device) if device is not None else _device_of(model)
-        if graph not in ("auto", "none") and self.device.type != "cuda":
-            raise ValueError(f"graph={graph!r} needs a CUDA device; this sampler is on {self.device}; use graph='auto'")
+        if graph not in ("auto", "none") and (why_not := why_no_graph(self.device)):
+            raise ValueError(f"graph={graph!r} cannot be had: {why_not}; use graph='auto'")
         self.graph, self.guidance_scale = graph, guidance_scale
         self.image_shape = image_shape or _image_shape(model)
         batch = batch_size if isinstance(batch_size, int) else None
@@ -119,6 +120,28 @@ class Sampler:
         """Label values the model takes, or None where it takes none."""
         return self.model.config.num_class_embeds if isinstance(self.model, UNet) else None
 
+    def checked_labels(
+        self, labels: int | Sequence[int] | Tensor | None, n: int
+    ) -> Tensor | None:  # [n, ...] on the sampler's device; None for a model without classes
+        """``labels`` as `sample` takes them, one an image. ValueError for what the model does not take."""
+        if labels is None:
+            if self.num_classes is not None:
+                raise ValueError(f"this model has {self.num_classes} classes: pass labels (an int, or one an image)")
+            return None
+        labels = torch.as_tensor(labels, device=self.device)
+        if labels.ndim == 0:
+            labels = labels.expand(n)
+        if len(labels) != n:
+            raise ValueError(f"labels must be one number, or one an image; got {len(labels)} for n={n}")
+        if isinstance(self.model, UNet):
+            if self.model.class_embedding is None:
+                raise ValueError("this model has no classes, so it takes no labels")
+            classes = self.num_classes
+            low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
+            if classes is not None and not 0 <= low <= high < classes:
+                raise ValueError(f"labels must be in 0..{classes - 1}; got {low}..{high}")
+        return labels
+
     @torch.inference_mode()
     def sample(
         self,
@@ -150,7 +173,7 @@ class Sampler:
             interval = 1 if each_step else max(1, len(self.table) // 50)
         if interval < 1:
             raise ValueError(f"interval must be 1 or more; got {interval}")
-        all_labels = self._labels(labels, n)
+        all_labels = self.checked_labels(labels, n)
         generators = self.noise if not isinstance(self.noise, str) else None
         if isinstance(generators, Sequence) and len(generators) not in (1, n):
             raise ValueError(f"a list of generators needs one an image; got {len(generators)} for n={n}")
@@ -285,25 +308,6 @@ class Sampler:
         # Noise from the host comes step by step, so a graph of several steps would never run.
         stepwise = program.noise is not None and self.graph in ("chunk", "loop")
         return graphs.runner(program, "step" if stepwise else self.graph)
-
-    def _labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
-        if labels is None:
-            if self.num_classes is not None:
-                raise ValueError(f"this model has {self.num_classes} classes: pass labels (an int, or one an image)")
-            return None
-        labels = torch.as_tensor(labels, device=self.device)
-        if labels.ndim == 0:
-            labels = labels.expand(n)
-        if len(labels) != n:
-            raise ValueError(f"labels must be one number, or one an image; got {len(labels)} for n={n}")
-        if isinstance(self.model, UNet):
-            if self.model.class_embedding is None:
-                raise ValueError("this model has no classes, so it takes no labels")
-            classes = self.num_classes
-            low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
-            if classes is not None and not 0 <= low <= high < classes:
-                raise ValueError(f"labels must be in 0..{classes - 1}; got {low}..{high}")
-        return labels
 
 
 def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:

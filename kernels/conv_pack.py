@@ -23,6 +23,7 @@ class PackedConv(NamedTuple):
     channels: tuple[int, ...]  # of x, and of the skip where there is one, as the activations have them
     size: int  # taps an axis: 1, 3, ...; 2 for the phases of upsampling
     phases: int  # 4 for upsampling, else 1
+    in_channels: int  # C of the weights: fewer than `channels` sum to where an input lies padded with zeros
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,9 +60,8 @@ def pack_conv(
             f"{list(weight.shape)} and channels={channels}; name the channels of x and of the skip"
         )
     wide = F.pad(weight, (0, 0, 0, 0, 0, sum(channels) - total))
-    return PackedConv(
-        _columns(wide, channels, dtype or weight.dtype), weight.shape[0], channels, weight.shape[2], phases=1
-    )
+    matrix = _columns(wide, channels, dtype or weight.dtype)
+    return PackedConv(matrix, weight.shape[0], channels, weight.shape[2], phases=1, in_channels=total)
 
 
 def pack_upsample_conv(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedConv:  # weight: [K, C, 3, 3]
@@ -76,7 +76,8 @@ def pack_upsample_conv(weight: Tensor, *, dtype: torch.dtype | None = None) -> P
     channels = (weight.shape[1],)
     rows = _fold(weight.float(), 2)
     phases = [_columns(p, channels, dtype) for r in rows for p in _fold(r, 3)]
-    return PackedConv(torch.cat(phases, dim=1), weight.shape[0], channels, size=2, phases=4)
+    matrix = torch.cat(phases, dim=1)
+    return PackedConv(matrix, weight.shape[0], channels, size=2, phases=4, in_channels=weight.shape[1])
 
 
 def pack_step_conv(weight: Tensor, image_channels: int, *, dtype: torch.dtype | None = None) -> PackedConv:

@@ -4,6 +4,7 @@ package itself where it is installed."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from graph_stand_in import StandIn
 from lucidrains_oracle import Diffusion, Net, betas, forward, trainer_file, weights
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import cli, graphs
 from ddpm_fast.checkpoints import Checkpoint, CheckpointError, convert, detect, load, save
@@ -25,6 +27,7 @@ from ddpm_fast.engine import CallableProgram
 from ddpm_fast.graphs import GraphCache
 from ddpm_fast.inspection import describe, describe_text
 from ddpm_fast.ops import reference
+from ddpm_fast.roofline import Roofs
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table
@@ -427,12 +430,38 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for words, message in (
         (("sample", path, "-n", 1, "--device", "cpu"), "--set image_size=N"),
         (("plan", path, *size), "plan prices the launches of our own U-Net"),
+        (("plan", path), "ddpm-fast profile times it"),
+        (("profile", path, "--device", "cpu"), "--set image_size=N"),
         (("convert", path, "out"), "is a lucidrains network, which diffusers has not"),
         (("convert", path, "out.pt", "--to", "openai"), "is a lucidrains network, which openai has not"),
         (("inspect", path, "--preset", "latest"), "the version of denoising-diffusion-pytorch that trained it"),
     ):
         code, text = run(*words)
         assert code == 2 and message in text and text.count("\n") == 1
+
+
+def test_profile_prices_the_network_as_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its FLOPs are those that torch counts in the oracle; its bytes weights, x, the x_0 of before, and the output."""
+    net, batch = Net(self_condition=True), 3
+    path = stored(tmp_path, trainer_file(net, Diffusion(betas("sigmoid", 5), "pred_v"), gain=0.4))
+    made_up = Roofs("made up", "float32", 1, torch.__version__, 4e6, 2e6, 8e6)
+    monkeypatch.setattr("ddpm_fast.roofline.roofs", lambda device, dtype, refresh: made_up)
+    words = ["--set", "image_size=8", "--batch", batch, "--steps", 2, "--device", "cpu", "--json", tmp_path / "p.json"]
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "profile", *map(str, (path, *words))])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    text = capsys.readouterr().out
+    assert not stop.value.code and "note          LucidrainsUnet is a network of another code base" in text
+    rows = {row["operation"]: row for row in json.loads((tmp_path / "p.json").read_text())["rows"]}
+    x, before = torch.zeros(batch, net.channels, SIZE, SIZE), torch.zeros(batch, net.channels, SIZE, SIZE)
+    sd = weights(net)
+    with FlopCounterMode(display=False) as counter:
+        forward(net, sd, x, torch.zeros(batch, dtype=torch.int64), before)
+    assert set(rows) == {"model", "sampler_step"} and rows["model"]["calls"] == 1
+    assert rows["model"]["flops"] == counter.get_total_flops() > 1e6
+    assert rows["model"]["bytes"] == 4 * (sum(p.numel() for p in sd.values()) + 3 * x.numel())
 
 
 def test_it_has_no_other_layout(tmp_path: Path) -> None:

@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import TINY, unet
 
 from ddpm_fast.graphs import loop as graph_loop
 from ddpm_fast.graphs.loop import Bindings, LoopUnavailable, WhileGraph
+from ddpm_fast.inspection import diagnose, diagnose_text
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedule import Schedule
 
 CAPABILITY = (9, 0)
 
@@ -318,3 +322,54 @@ def test_which_machines_can(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, None)
     with pytest.raises(LoopUnavailable, match=r"cuda-bindings cannot be imported .*; install cuda-bindings"):
         graph_loop.bindings()
+
+
+@pytest.mark.parametrize(
+    ("fake", "reason"),
+    [
+        (
+            None,
+            "cuda-bindings cannot be imported (import of cuda.bindings halted; None in sys.modules); "
+            "install cuda-bindings",
+        ),
+        (
+            Fake(version=12020),
+            "conditional graph nodes need a driver for CUDA 12.4 or newer; got one for 12.2; update it",
+        ),
+        (
+            Fake(fail="nvrtcCompileProgram", log=b"sm_90 is unknown\n\0"),
+            "NVRTC cannot compile the loop's condition: sm_90 is unknown",
+        ),
+        (Fake(), None),
+    ],
+    ids=["no bindings", "old driver", "old compiler", "can"],
+)
+def test_doctor_says_of_each_gpu_why_it_has_no_loop(
+    fake: Fake | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of the function that builds the loop."""
+    _install(monkeypatch, fake)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    card = SimpleNamespace(name="Made up", major=9, minor=0, total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    facts = diagnose()
+    text = diagnose_text(facts).splitlines()
+    assert facts["why_no_graph_loop"] == {"cuda:0": reason, "cuda:1": reason}
+    for i in range(2):
+        (line,) = (line for line in text if line.startswith(f"- cuda:{i}: "))
+        assert line.endswith(reason or "a whole trajectory is one launch (graph=loop)")
+    if reason is None:
+        assert WhileGraph(Step(), *torch.zeros(2, 1, dtype=torch.int32), 1, torch.device("cuda", 0))
+        return
+    with pytest.raises(LoopUnavailable) as refused:
+        WhileGraph(Step(), *torch.zeros(2, 1, dtype=torch.int32), 1, torch.device("cuda", 0))
+    assert " ".join(str(refused.value).split()) == reason
+
+
+def test_without_a_gpu_doctor_says_what_a_sampler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (reason,) = diagnose()["why_no_graph_loop"].values()
+    model, schedule = unet(TINY), Schedule(num_train_timesteps=2)
+    with pytest.raises(ValueError) as refused:
+        Sampler(model, schedule, 1, device="cpu", graph="loop").sample(1)
+    assert reason in str(refused.value)

@@ -302,6 +302,29 @@ def test_recorded_statistics_have_the_size_of_the_kernels_own(device: torch.devi
         assert log[-1].cost.bytes_written - pixels == y.stats.numel() * 4
 
 
+def test_a_step_as_it_runs_costs_what_the_plan_says(device: torch.device):
+    """The image of a prepared copy lies padded to 16 channels: its convolution is priced by the three that exist."""
+    from ddpm_fast.engine import StepProgram
+    from ddpm_fast.engine.prepared import prepare
+    from ddpm_fast.planning import records
+    from ddpm_fast.schedule import Schedule
+    from ddpm_fast.step_table import step_table
+
+    one_level = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    dtype = torch.bfloat16
+    model, table = network(dtype, sample_size=8, **one_level), step_table(Schedule(num_train_timesteps=4))
+    recorded, log = ops.recording(ops.triton())
+    program = StepProgram(prepare(model, dtype, device, recorded), table, 1, (3, 8, 8), arena=False)
+    program.begin(0, torch.zeros(1, dtype=torch.int64, device=device))
+    log.clear()
+    with torch.inference_mode():
+        program.step()
+    assert log == records(model.config, table, 1, dtype)
+    first = next(r for r in log if r.operation == "conv")
+    assert first.shapes[0] == ("x", (1, 3, 8, 8)) and first.cost.flops == 2 * (8 * 8) * 9 * 3 * 32
+    assert first.cost.bytes_read == (16 * 8 * 8 + 9 * 3 * 32) * 2 + 32 * 4  # as it lies; the bias is float32
+
+
 # --- recording: prices of whole networks, on meta ---
 
 

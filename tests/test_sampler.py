@@ -396,8 +396,24 @@ def test_wrong_calls(arguments: dict[str, Any], message: str):
 
 
 def test_labels_for_a_model_without_classes():
+    sampler = df.Sampler(unet(ONE_LEVEL), SCHEDULE)
+    assert sampler.checked_labels(None, 3) is None
     with pytest.raises(ValueError, match="this model has no classes, so it takes no labels"):
-        df.Sampler(unet(ONE_LEVEL), SCHEDULE).sample(1, labels=0)
+        sampler.sample(1, labels=0)
+
+
+def test_labels_are_checked_without_drawing(monkeypatch: pytest.MonkeyPatch):
+    """What a command asks before it begins a set: the same answers and complaints as of `sample`, and nothing drawn."""
+    sampler = df.Sampler(unet({**ONE_LEVEL, "num_class_embeds": 4}), SCHEDULE)
+    monkeypatch.setattr(sampler, "_program", None)
+    assert [sampler.checked_labels(given, 2).tolist() for given in (3, [0, 3], torch.tensor([2, 1]))] == [
+        [3, 3],
+        [0, 3],
+        [2, 1],
+    ]
+    for given, message in ((None, "4 classes: pass labels"), (4, r"in 0\.\.3; got 4\.\.4"), ([1], "got 1 for n=2")):
+        with pytest.raises(ValueError, match=message):
+            sampler.checked_labels(given, 2)
 
 
 def test_generators_are_counted_before_anything_is_drawn():

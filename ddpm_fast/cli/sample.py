@@ -283,7 +283,7 @@ def _check_labels(label: int | str | None, sampler: Sampler) -> None:
     """The sampler's own complaint about a label, before a set of them is begun."""
     if label == "all" and sampler.num_classes is None:
         raise ValueError("--label all needs a model with classes; this one has none, so it takes no labels")
-    sampler._labels(0 if label == "all" else label, 1)  # type: ignore[arg-type]
+    sampler.checked_labels(0 if label == "all" else label, 1)  # type: ignore[arg-type]
 
 
 def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.device) -> None:

@@ -22,8 +22,9 @@ import torch
 
 from .backend import Backend, CudaBackend
 from .capture import Captured, GraphCaptureError, Program, capture, signature_of
+from .loop import LoopUnavailable, bindings, compile_kernel
 
-__all__ = ["GRAPHS", "GraphCache", "GraphCaptureError", "Program", "Runner", "runner"]
+__all__ = ["GRAPHS", "GraphCache", "GraphCaptureError", "Program", "Runner", "runner", "why_no_graph", "why_no_loop"]
 
 GRAPHS = ("auto", "none", "step", "chunk", "loop")
 CACHED_PROGRAMS = 4  # each holds a private memory pool of about the program's own peak
@@ -51,12 +52,31 @@ def runner(
     if graph not in GRAPHS:
         raise ValueError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}")
     why_not = getattr(program, "host_bound", None)
-    if backend is None and program.device.type != "cuda":
-        why_not = f"CUDA graphs need a CUDA device; got device={str(program.device)!r}"
+    if backend is None:
+        why_not = why_no_graph(program.device) or why_not
     if why_not and graph not in ("auto", "none"):
         raise ValueError(f"graph={graph!r} cannot be had: {why_not}; use graph='auto' or graph='none'")
     cache = GRAPH_CACHE if cache is None else cache
     return Runner(program, "none" if why_not else graph, backend or CudaBackend, cache, why_not)
+
+
+def why_no_graph(device: torch.device) -> str | None:
+    """Why a program on ``device`` cannot be captured, whatever it is; None where nothing is known against it."""
+    return None if device.type == "cuda" else f"CUDA graphs need a CUDA device; got device={str(device)!r}"
+
+
+def why_no_loop(device: torch.device) -> str | None:
+    """Why a sampler on ``device`` cannot have graph="loop", whatever its step; None where nothing is known against it.
+
+    Asks what a capture asks: the device, cuda-bindings, the driver, and whether the loop's condition compiles.
+    """
+    why_not = why_no_graph(device)
+    if why_not is None:
+        try:
+            compile_kernel(bindings(), torch.cuda.get_device_capability(device))
+        except LoopUnavailable as error:
+            why_not = " ".join(str(error).split())  # a compiler says more than one line
+    return why_not
 
 
 class Runner:

@@ -138,10 +138,11 @@ def _parts(operation: str, y: tuple[int, ...]) -> int:
 
 
 def weight_shape(weight: Any) -> tuple[int, int, int]:
-    """(K, C, taps an axis) of convolution weights, a tensor [K, C, k, k] or a `conv_pack.PackedConv`."""
+    """(K, C, taps an axis) of convolution weights, a tensor [K, C, k, k] or what a set has packed of one."""
     if isinstance(weight, torch.Tensor):
         return weight.shape[0], weight.shape[1], weight.shape[2]
-    return weight.out_channels, sum(weight.channels), 3 if weight.phases == 4 else weight.size
+    channels = getattr(weight, "in_channels", None) or sum(weight.channels)  # only conv_pack's may be padded
+    return weight.out_channels, channels, 3 if weight.phases == 4 else weight.size
 
 
 def _norm_act(call: _Call) -> _Entry:
@@ -231,7 +232,8 @@ def _conv(call: _Call) -> _Entry:
         parts=_parts("conv", (shape[0], k, *sides)) if call["with_stats"] else 0,
         **_epilogue(call),
     )
-    return _convolution(call, priced, f"{kernel}x{kernel}" + (f" stride {stride}" if stride > 1 else ""))
+    entry = _convolution(call, priced, f"{kernel}x{kernel}" + (f" stride {stride}" if stride > 1 else ""))
+    return replace(entry, shapes=(("x", shape), *entry.shapes[1:]))
 
 
 def _upsample_conv(call: _Call) -> _Entry:

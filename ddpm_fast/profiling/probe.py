@@ -134,7 +134,6 @@ class Probe:
         self.layers: list[str] = []  # of each record; "" where the operation has no weights
         self.steps: list[Step] = []
         self._names: dict[int, str] = {}
-        self._image_channels = 0
         self._doing = ""  # "record", "time", or nothing
         self._start: Mark = None
         self._marks: list[Mark] = []
@@ -155,7 +154,7 @@ class Probe:
 
     def name_layers(self, model: UNet) -> None:
         """Learn which weights belong to which layer of a prepared copy, which must outlive the steps."""
-        self._names, self._image_channels = layer_names(model), model.config.in_channels
+        self._names = layer_names(model)
 
     def begin(self) -> None:
         """A step begins."""
@@ -183,9 +182,8 @@ class Probe:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._doing == "record":
                 y = recorded(*args, **kwargs)
-                record, layer = log.pop(), self._layer(name, args, kwargs)
-                self.records.append(unpadded(record, self._image_channels) if layer == "conv_in" else record)
-                self.layers.append(layer)
+                self.records.append(log.pop())
+                self.layers.append(self._layer(name, args, kwargs))
                 return y
             if not self._doing:
                 return operation(*args, **kwargs)
@@ -219,7 +217,7 @@ class WholeModel:
 
 
 def priced(model: Callable[..., Any], log: list[Record]) -> Callable[..., Any]:
-    """``model``, whose calls go to ``log``: FLOPs as torch counts them; bytes of weights, input and output."""
+    """``model``, whose calls go to ``log``: FLOPs as torch counts them; bytes of weights, feature maps and output."""
     held = getattr(model, "parameters", None)
     weights = list(held()) if callable(held) else []
 
@@ -228,27 +226,14 @@ def priced(model: Callable[..., Any], log: list[Record]) -> Callable[..., Any]:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             result = model(x, *args, **kwargs)
         y = result[0] if isinstance(result, (tuple, list)) else getattr(result, "sample", result)
-        read = sum(t.numel() * t.element_size() for t in (x, *weights))
+        maps = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4]  # the x_0 of self-conditioning
+        read = sum(t.numel() * t.element_size() for t in (x, *maps, *weights))
         cost = Cost(counter.get_total_flops(), read, y.numel() * y.element_size(), 0)
         dtype = weights[0].dtype if weights else x.dtype
         log.append(Record("model", (("x", tuple(x.shape)), ("out", tuple(y.shape))), dtype, type(model).__name__, cost))
         return result
 
     return call
-
-
-def unpadded(record: Record, channels: int) -> Record:
-    """Of the first convolution, whose image may lie padded with zeros, the cost of the channels that exist."""
-    (name, (n, lying, h, w)), out = record.shapes[0], record.out[1]
-    if lying == channels:
-        return record
-    weights = 9 * (lying - channels) * out * record.dtype.itemsize
-    cost = replace(
-        record.cost,
-        flops=record.cost.flops * channels // lying,
-        bytes_read=record.cost.bytes_read - weights,
-    )
-    return replace(record, shapes=((name, (n, channels, h, w)), *record.shapes[1:]), cost=cost)
 
 
 def layer_names(model: UNet) -> dict[int, str]:

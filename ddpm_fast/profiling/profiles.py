@@ -268,6 +268,11 @@ def _rows(calls: Sequence[Call], step_s: float) -> list[Row]:
 
 def _notes(p: Profile) -> list[str]:
     notes = []
+    whole = next((c.record.detail for c in p.calls if c.record.operation == "model"), None)
+    if whole is not None:
+        notes.append(
+            f"{whole} is a network of another code base, on torch's own operations: it is timed and priced as one call"
+        )
     above = sum(c.seconds < c.roof_s for c in p.calls)
     if above:
         notes.append(

@@ -1,7 +1,9 @@
 """Is it right here? A set of operations and a dtype, held to a float64 reference on the same noise.
 
 The house rule: err(ours) <= 2 * err(torch in the same dtype) + floor, for the largest error and the RMS one,
-each scaled by max(rms(truth), |truth|). Torch's error is the larger of its two memory layouts. The rule judges
+each scaled by max(rms(truth), |truth|). Torch's error is the larger of its two memory layouts. A result that is not
+finite is infinitely wrong, ours and torch's; torch's then allows nothing but the floor. A truth that is not finite
+judges nobody: the network or its chain diverges, whoever computes it, and that is said instead. The rule judges
 single steps from the reference's own x_t, where errors do not compound; how far a whole chain drifts is told
 beside it.
 """
@@ -38,11 +40,17 @@ class Error(NamedTuple):
 
 
 def error(got: Tensor, truth: Tensor, span: float | None = None) -> Error:
-    """The scaled error of ``got`` [...] against the float64 ``truth`` [...]. Anything not finite counts as infinite."""
+    """The scaled error of ``got`` [...] against the float64 ``truth`` [...]; infinite where ``got`` is not finite.
+
+    ValueError where the truth is not finite: by an infinite scale every error would be nothing.
+    """
     truth = truth.double()
+    if not truth.isfinite().all():
+        raise ValueError("the float64 truth is not finite, so nothing can be held to it")
     off = (got.to(truth.device).double() - truth).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    scale = truth.abs().clamp_min(truth.square().mean().sqrt()).clamp_min(1e-30)
-    scaled = off / scale
+    largest = truth.abs().max().clamp_min(1e-30)
+    rms = largest * (truth / largest).square().mean().sqrt()  # which no square overflows
+    scaled = off / truth.abs().clamp_min(rms).clamp_min(1e-30)
     span = float(truth.max() - truth.min()) if span is None else span
     mse = float(off.square().mean())
     psnr = math.inf if mse == 0 else -math.inf if mse == math.inf or span == 0 else 10 * math.log10(span**2 / mse)
@@ -50,8 +58,9 @@ def error(got: Tensor, truth: Tensor, span: float | None = None) -> Error:
 
 
 def within(ours: Error, theirs: Error, floor: float = FLOOR) -> bool:
-    """The house rule, where ``theirs`` is the error of torch in the same dtype."""
-    return ours.largest <= 2 * theirs.largest + floor and ours.rms <= 2 * theirs.rms + floor
+    """The house rule, where ``theirs`` is the error of torch in the same dtype; an infinite one allows nothing more."""
+    largest, rms = (2 * e + floor if math.isfinite(e) else floor for e in (theirs.largest, theirs.rms))
+    return ours.largest <= largest and ours.rms <= rms
 
 
 def _worst(errors: Iterable[Error]) -> Error:
@@ -210,6 +219,7 @@ class _Chains:
         for i in range(len(self.table)):
             out = self.network(self.truth, i, x, third)
             after = self.step(i, x, out)
+            self.expect_finite(i, out, after)
             if i in judged:
                 probes.append(self.probe(i, x, third, out, after))
             their_out = self.network(self.plain, i, theirs, their_third)
@@ -219,6 +229,14 @@ class _Chains:
             x, theirs = after.float(), self.step(i, theirs, their_out)
         self.ours = self.sampler.sample(self.n, self.seed, self.labels, check_finite=False)  # judged as it is
         return probes, Pair(error(self.ours, after, 2.0), error(theirs, after, 2.0))
+
+    def expect_finite(self, i: int, out: Tensor, after: Tensor) -> None:
+        for what, value in (("the network's output", out), ("x after the step", after)):
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"{what} is not finite in float64, at step {i} (timestep {self.table.timesteps[i]}): this model or "
+                    "its chain diverges whoever computes it, so no operations can be judged by it"
+                )
 
     def probe(self, i: int, x: Tensor, third: Tensor | None, out: Tensor, after: Tensor) -> Probe:
         # In both memory layouts, whose sums torch orders differently: the worse is what the dtype can do.

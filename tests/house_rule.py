@@ -1,7 +1,9 @@
 """The house rule for floating point: err(ours, ref64) <= 2 * err(torch in the same dtype, ref64) + floor.
 
 It holds for the largest error and for the RMS one. An error is scaled by max(rms(ref), |ref|), so that
-values near zero are judged by the size of their tensor and large ones by their own.
+values near zero are judged by the size of their tensor and large ones by their own. A result that is not finite is
+infinitely wrong. A truth that is not finite, or torch's own result, is a mistake of the test: it could hold nobody to
+anything, and by an infinite scale or allowance everything would pass.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ class Error(NamedTuple):
 
 
 def error(ours: Tensor, ref64: Tensor) -> Error:
-    """Scaled error of ours [...] against ref64 [...]; NaN in ours counts as infinite."""
+    """Scaled error of ours [...] against ref64 [...], which must be finite; infinite where ours is not."""
     ref = ref64.detach().double().cpu()
     got = ours.detach().double().cpu()
-    scale = ref.abs().clamp_min(ref.square().mean().sqrt().item()).clamp_min(1e-30)
-    e = ((got - ref).abs() / scale).nan_to_num(nan=float("inf"))
+    assert bool(ref.isfinite().all()), "the truth is not finite: choose other inputs"
+    largest = ref.abs().max().clamp_min(1e-30)
+    rms = largest * (ref / largest).square().mean().sqrt()  # which no square overflows
+    scale = ref.abs().clamp_min(rms).clamp_min(1e-30)
+    e = ((got - ref).abs() / scale).nan_to_num(nan=math.inf, posinf=math.inf)
     where = int(e.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(where), e.shape))
     return Error(float(e.max()), float(e.square().mean().sqrt()), index)
@@ -46,6 +51,7 @@ def check(ours: Tensor, same_dtype_torch: Tensor, ref64: Tensor, floor: float = 
     assert ours.shape == ref64.shape == same_dtype_torch.shape, (ours.shape, same_dtype_torch.shape, ref64.shape)
     assert ours.dtype == same_dtype_torch.dtype, f"dtypes differ: {ours.dtype} and {same_dtype_torch.dtype}"
     assert bool(ref64.isfinite().all()), "the truth is not finite: choose other inputs"
+    assert bool(same_dtype_torch.isfinite().all()), f"torch in {ours.dtype} is not finite: choose other inputs"
     unwritten = int(ours.isnan().sum())
     assert not unwritten, f"{name}: {unwritten} of {ours.numel()} values are NaN, first at {first_nan(ours)}"
     mine, theirs = error(ours, ref64), error(same_dtype_torch, ref64)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bench_fakes import Crooked, fake
 from models import TINY, normal, unet
 
 import ddpm_fast as df
@@ -32,6 +32,20 @@ def case(batch: int = 3, **changes) -> Case:
 
 def checkpoint() -> Checkpoint:
     return Checkpoint(unet(TINY), SCHEDULE, "tiny", "test", [])
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the fakes say who they are; workers find their module."""
+    monkeypatch.setenv("BENCH_FAKES", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    return tmp_path
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    df.save(tmp_path / "model", unet(TINY), SCHEDULE)
+    return tmp_path / "model"
 
 
 def settings(**changes) -> run.Settings:
@@ -121,28 +135,6 @@ def test_the_compiled_provider_is_what_is_compiled(monkeypatch: pytest.MonkeyPat
     assert not verdict.ok and verdict.rms == pytest.approx(1e-3, rel=0.5)
 
 
-class Crooked:
-    """The reference with one thing wrong."""
-
-    noise = "philox"
-
-    def __init__(self, of: Case, wrong: str):
-        (provider,) = chosen(["reference"])
-        self.right, self.wrong = provider.make(of, torch.float32), wrong
-
-    def network(self, x, i):
-        out = self.right.network(x, i + 1 if self.wrong == "timestep" else i).clone()
-        if self.wrong == "nan":
-            out[-1, 0, 0, 0] = float("nan")
-        return out * 1.0001 if self.wrong == "scale" else out
-
-    def chain(self, seed):
-        x = self.right.chain(seed + 1 if self.wrong == "noise" else seed).clone()
-        if self.wrong == "overflow":
-            x[0, 0, 0, 0] = float("nan")
-        return x.flip(0) if self.wrong == "order" else x
-
-
 @pytest.mark.parametrize(
     ("wrong", "ok"),
     [("", True), ("scale", False), ("nan", False), ("noise", False), ("order", False), ("overflow", False)],
@@ -159,49 +151,29 @@ def test_a_wrong_timestep_is_seen() -> None:
     assert not judge.verdict(Crooked(of, "timestep"), torch.float32, strict=True).ok
 
 
+def test_a_chain_of_another_method_is_refused_in_one_line(tmp_path: Path) -> None:
+    """And by --set method=ddpm its network is timed in a DDPM chain, by diffusers too."""
+    pytest.importorskip("diffusers")
+    ddim = df.Schedule(num_train_timesteps=20, method="ddim", num_inference_steps=20, set_alpha_to_one=False)
+    df.save(tmp_path / "ddim", unet(TINY), ddim)
+    loaded = df.load(tmp_path / "ddim")
+    with pytest.raises(ValueError, match=r"^bench times DDPM chains [^\n]*/ddim is DDIM; --set method=ddpm [^\n]*$"):
+        run.run(loaded, chosen(["reference"]), settings())
+    schedule = df.load(tmp_path / "ddim", overrides={"method": "ddpm"}).schedule
+    assert schedule.method == "ddpm" and not schedule.set_alpha_to_one
+    of = replace(case(), schedule=schedule)
+    verdict = Judge(of).verdict(made("diffusers", "float32", of), torch.float32, strict=True)
+    assert verdict.ok, verdict
+
+
 def test_a_network_of_another_kind_is_refused_in_one_line():
     other = replace(checkpoint(), model=torch.nn.Identity(), family="lucidrains", source="model-10.pt")
     with pytest.raises(ValueError, match=r"^bench compares [^\n]*; model-10.pt is a lucidrains network[^\n]*$"):
         run.run(other, chosen(["reference"]), settings())
 
 
-def test_what_is_wrong_has_an_error_and_no_speed() -> None:
-    wrong = Provider("crooked", lambda of, dtype: Crooked(of, "scale"), ours=True)
-    fails = Provider("fails", lambda of, dtype: {}["missing key"])
-    absent = Provider("absent", lambda of, dtype: 1, packages=("no_such_package_here",))
-    found = run.run(checkpoint(), [*chosen(["reference"]), wrong, fails, absent], settings())
-    right, red, failed, missing = found["rows"]
-    assert right["check"]["ok"] and right["ms_a_step"]["median"] > 0
-    # 1e-4 of each value, but less of the values that are scaled by their tensor's RMS.
-    assert not red["check"]["ok"] and 5e-5 < red["check"]["rms"] < red["check"]["largest"] < 1.1e-4
-    for row in (red, failed, missing):
-        assert not {"ms_a_step", "images_per_s", "tflops", "times_as_fast", "startup"} & set(row)
-    assert failed["reason"] == "failed: 'missing key'"
-    assert missing["reason"] == "no_such_package_here is not installed"
-    assert run.wrong(found) == [red]
-    for shown in (text.report_text(found), text.markdown(found)):
-        assert "crooked float32: WRONG, so no speed: largest error " in shown
-        assert shown.count("| crooked") == 0 and "\ncrooked  " not in shown
-        assert "absent float32: no_such_package_here is not installed" in shown
-
-
-def test_what_follows_from_a_step_s_time() -> None:
-    class Timed:
-        noise = "philox"
-
-        def __init__(self, of: Case, ms: float):
-            self.inner, self.ms, self.of = Crooked(of, ""), ms, of
-
-        network = property(lambda self: self.inner.network)
-
-        def chain(self, seed):
-
-            time.sleep(self.ms * self.of.steps / 1e3)
-            return (
-                self.result if hasattr(self, "result") else self.__dict__.setdefault("result", self.inner.chain(seed))
-            )
-
-    slow, fast = (Provider(n, lambda of, dtype, ms=ms: Timed(of, ms)) for n, ms in (("slow", 16.0), ("fast", 4.0)))
+def test_what_follows_from_a_step_s_time(fakes: Path) -> None:
+    slow, fast = fake("sleeps", "slow", ms=16.0), fake("sleeps", "fast", ms=4.0)
     roofs = [Roofs("cpu", "float32", 1, "2", 1e9, 1e9, 2e9)]
     found = run.run(checkpoint(), [slow, fast], settings(baseline="slow float32", batches=[4]), roofs)
     a, b = found["rows"]
@@ -217,13 +189,14 @@ def test_what_follows_from_a_step_s_time() -> None:
         assert row["share_of_convolution_roof"] == pytest.approx(flops / s / 2e9)
     shown = text.report_text(found)
     assert "extrapolated from 3 of 20 steps" in shown and f"{b['times_as_fast']['value']:.2f} (" in shown
-    whole = run.run(checkpoint(), [slow], settings(steps=None))
-    assert whole["timed_steps"] == whole["chain"] == 20 and "extrapolated" not in text.report_text(whole)
+    assert "extrapolated" not in text.report_text({**found, "timed_steps": 20})
+    whole = run.run(checkpoint(), [], settings(steps=None))
+    assert whole["timed_steps"] == whole["chain"] == 20
 
 
-def test_the_first_step_and_memory_in_a_process_of_its_own() -> None:
+def test_the_first_step_and_memory_in_a_process_of_its_own(saved: Path) -> None:
     (provider,) = chosen(["reference"])
-    found = startup.startup(provider, "float32", unet(TINY), SCHEDULE, 2, CPU)
+    found = startup.startup(provider, "float32", saved, 2, CPU)
     assert "failed" not in found, found
     assert 0 < found["first_step_s"] < 60 and 0 < found["load_s"] < 60
     assert found["threads"] == torch.get_num_threads() and "cached_first_step_s" not in found
@@ -234,7 +207,7 @@ def test_the_first_step_and_memory_in_a_process_of_its_own() -> None:
 def test_a_process_that_dies_or_hangs_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     (provider,) = chosen(["reference"])
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    args = (provider, "float32", unet(TINY), SCHEDULE, 2, CPU)
+    args = (provider, "float32", Path("model"), 2, CPU)
     assert startup.startup(*args) == {"failed": "exit code 1"}
 
     def hang(*args, **kwargs):
@@ -244,7 +217,7 @@ def test_a_process_that_dies_or_hangs_is_a_reason(monkeypatch: pytest.MonkeyPatc
     assert startup.startup(*args, time_limit_s=5) == {"failed": "no first step within 5 s"}
 
 
-def test_compiled_code_is_asked_for_twice_from_one_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_is_asked_for_twice_from_one_empty_cache(monkeypatch, saved: Path) -> None:
     seen: list[str] = []
 
     def ask(request, environment, limit):
@@ -254,7 +227,7 @@ def test_compiled_code_is_asked_for_twice_from_one_empty_cache(monkeypatch: pyte
 
     monkeypatch.setattr(startup, "_ask", ask)
     provider = Provider("x", lambda of, dtype: None, compiles=True)
-    found = startup.startup(provider, "float32", unet(TINY), SCHEDULE, 2, CPU)
+    found = startup.startup(provider, "float32", saved, 2, CPU)
     assert found == {"first_step_s": 40.0, "cached_first_step_s": 20.0} and len(set(seen)) == 1
 
 
@@ -328,13 +301,9 @@ def test_the_command_writes_a_table_and_json(monkeypatch, tmp_path: Path, capsys
     assert found["environment"]["versions"]["torch"] == torch.__version__
 
 
-def test_a_wrong_set_of_ours_ends_with_exit_code_1(monkeypatch, tmp_path: Path, capsys) -> None:
-    right = ops.cpu()
-
-    def wrong(*args, **kwargs):
-        return right.attention(*args, **kwargs) * 1.1
-
-    monkeypatch.setattr(ops, "cpu", lambda: replace(right, attention=wrong))
+def test_a_wrong_set_of_ours_ends_with_exit_code_1(monkeypatch, tmp_path: Path, capsys, fakes: Path) -> None:
+    wrong = fake("wrong_attention", "cpu", is_ours=True)
+    monkeypatch.setattr(providers, "providers", lambda: {"cpu": wrong})
     df.save(tmp_path / "model", unet(TINY), SCHEDULE)
     words = [str(tmp_path / "model"), "--batch", "1", "--providers", "cpu", "--dtype", "float32", "--no-startup"]
     assert command(monkeypatch, tmp_path, "bench", *words, "--steps", "2") == 1

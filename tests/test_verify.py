@@ -67,14 +67,53 @@ def test_the_rule_is_the_tests_house_rule():
     assert 10 < held < 50, "the triples lie on one side of the limit: they decide nothing"
 
 
-def test_what_is_not_finite_is_infinitely_wrong():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_infinitely_wrong(value: float):
+    """Whatever torch in the same dtype gives there: it overflows too, and allows nothing by that."""
     truth = normal(2, 8, dtype=torch.float64)
-    for value in (math.nan, math.inf):
-        got = truth.float()
-        got[1, 3] = value
-        e = error(got, truth)
-        assert e.largest == e.rms == math.inf and e.psnr == -math.inf
-        assert not within(e, error(truth.float(), truth))
+    got = truth.float()
+    got[1, 3] = value
+    e = error(got, truth)
+    assert e.largest == e.rms == math.inf and e.psnr == -math.inf and house_rule.error(got, truth)[:2] == e[:2]
+    assert not within(e, error(truth.float(), truth))
+    assert not within(e, e)
+    with pytest.raises(AssertionError, match=r"are NaN|largest error inf"):
+        house_rule.check(got, truth.float(), truth)
+    with pytest.raises(AssertionError, match=r"torch in torch\.float32 is not finite: choose other inputs"):
+        house_rule.check(got, got, truth)
+
+
+def test_what_torch_cannot_hold_allows_only_the_floor():
+    truth = normal(4, 8, dtype=torch.float64)
+    theirs = truth.half()
+    theirs[0, 0] = math.inf
+    assert not within(error(truth.half(), truth), error(theirs, truth)), "finite, and measured by nothing"
+    assert within(error(truth.float(), truth), error(theirs, truth)), "exact to float32"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_truth_that_is_not_finite_judges_nobody(value: float):
+    """Not what is infinite in the same place and sign, nor what is off elsewhere, which an infinite RMS would hide."""
+    truth = normal(2, 8, dtype=torch.float64)
+    truth[0, 5] = value
+    for got in (truth, truth.float(), truth + 1):
+        with pytest.raises(ValueError, match="the float64 truth is not finite"):
+            error(got, truth)
+        for fails in (lambda got=got: house_rule.error(got, truth), lambda got=got: house_rule.check(got, got, truth)):
+            with pytest.raises(AssertionError, match="the truth is not finite"):
+                fails()
+
+
+def test_large_truths_have_their_own_scale():
+    """1e200 squared is more than float64 holds: an RMS by squares alone would be infinite, and all errors nothing."""
+    truth = 1e200 * (1 + normal(2, 8, dtype=torch.float64).abs())
+    for of in (error, house_rule.error):
+        assert of(truth * 1.125, truth).largest == pytest.approx(0.125)  # the largest element's
+    assert error(torch.zeros(4), torch.zeros(4)).largest == 0 < error(torch.full((4,), 1e-31), torch.zeros(4)).largest
+
+
+def test_equality_has_no_noise():
+    truth = normal(2, 8, dtype=torch.float64)
     assert error(truth, truth).psnr == math.inf
 
 
@@ -220,6 +259,22 @@ def test_a_bug_is_not_passed(bug: str):
     step = bug.startswith(("noise", "sigma"))
     assert all(p.output.ok for p in report.probes) == step, "blamed on the wrong part"
     assert "TOO LARGE" in report_text(report) and "NOT within" in report_text(report)
+
+
+def test_a_model_that_diverges_is_said_to():
+    """In float64: its own operations would be compared with NaN, and NaN is not judged."""
+    c = checkpoint()
+    with torch.no_grad():
+        c.model.conv_out.bias[1] = math.nan
+    with pytest.raises(ValueError, match=r"network's output is not finite in float64, at step 0 \(timestep \d+\)"):
+        small_verify(c)
+    c = checkpoint()
+    with torch.no_grad():
+        c.model.conv_in.weight.mul_(1e4)
+        c.model.conv_in.bias.add_(7e4)  # above float16's largest, in torch as in ours
+    report = small_verify(c, dtype=torch.float16, ops="reference")
+    assert not report.ok and report.probes[0].output.torch.largest == math.inf
+    assert "TOO LARGE" in report_text(report)
 
 
 def test_the_same_bits_in_any_batch():

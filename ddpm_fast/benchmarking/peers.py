@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.express import for_diffusers
+from ..schedule import EXTENSIONS
 from .providers import Case
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x [N, C, H, W] float32, t [] int64 -> [N, C or 2C, H, W]
@@ -43,7 +44,8 @@ def build(case: Case) -> tuple[Any, Any]:
     model, schedule, _ = for_diffusers(case.model, case.schedule)
     unet = library.UNet2DModel(**model.config.to_dict()).eval().requires_grad_(False)
     unet.load_state_dict(model.state_dict())
-    return unet.to(case.device), library.DDPMScheduler(**schedule.to_dict())
+    fields = {name: value for name, value in schedule.to_dict().items() if name not in EXTENSIONS}
+    return unet.to(case.device), library.DDPMScheduler(**fields)
 
 
 class Looped:

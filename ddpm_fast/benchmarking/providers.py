@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -67,7 +67,10 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to draw. ``make`` may raise anything: what it raises is what the table says of it."""
+    """One way to draw. ``make`` may raise anything: what it raises is what the table says of it.
+
+    Workers get it pickled: ``make`` is a function of a module, or a partial of one.
+    """
 
     name: str
     make: Callable[[Case, torch.dtype], Sampling]
@@ -77,7 +80,7 @@ class Provider:
     packages: tuple[str, ...] = ()  # what it needs besides our own requirements
     operations: str | None = None  # the set in ops/, of ours
     compiles: bool = False  # its first use may be slower than the next, which finds compiled code on disk
-    lacks: Callable[[torch.device, torch.dtype], str | None] = field(default=lambda device, dtype: None)
+    lacks: Callable[[torch.device, torch.dtype], str | None] | None = None  # what else it may want
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run here, or None."""
@@ -95,7 +98,7 @@ class Provider:
         absent = [p for p in self.packages if importlib.util.find_spec(p) is None]
         if absent:
             return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
-        return self.lacks(device, dtype)
+        return None if self.lacks is None else self.lacks(device, dtype)
 
 
 def providers() -> dict[str, Provider]:

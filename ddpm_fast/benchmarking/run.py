@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import gc
-import time
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, save
 from ..inspection import model_cost
 from ..unet import UNet
 from .checks import Judge, full_float32
 from .environment import environment, load_average
 from .providers import DTYPES, Case, Provider, Sampling
 from .startup import startup
-from .timing import Clock, Comparison, HostClock, Run, clock_for, compare
+from .timing import Comparison, OwnClock, Run, clock_for, compare
+from .worker import Worker, WorkerError
 
 if TYPE_CHECKING:
     from ..roofline import Roofs
 
 BASELINE = "diffusers float32"
 CONVOLUTION = "conv"
+MODEL = "model"  # a folder of the diffusers layout
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Settings:
     baseline: str = BASELINE  # "PROVIDER DTYPE"; the first that is right, where it is not among them
     rounds: tuple[int, int] = (3, 20)
     budget_s: float = 120.0  # for the rounds of one batch size
-    clock: str = "wall"  # or "cpu": time of this process on all its cores, for ratios on a machine that others use too
+    clock: str = "wall"  # or "cpu": of a worker on all its cores, for ratios on a machine that others use too
     startups: bool = True  # also each provider's first step and memory, in processes of their own
 
 
@@ -59,6 +64,11 @@ def run(
             f"bench compares runtimes of diffusers' U-Net; {checkpoint.source} is a {checkpoint.family} network, which "
             "is none; ddpm-fast sample and verify take it"
         )
+    if checkpoint.schedule.method != "ddpm":
+        raise ValueError(
+            f"bench times DDPM chains (Algorithm 2); what draws from {checkpoint.source} is "
+            f"{checkpoint.schedule.method.upper()}; --set method=ddpm times its network in a DDPM chain"
+        )
     size = checkpoint.model.config.image_size
     if size is None:
         raise ValueError("the model does not state its image size; give it as sample_size")
@@ -75,23 +85,35 @@ def run(
         "rows": [],
     }
     peaks = {r.dtype: r.flops_per_s(CONVOLUTION) for r in roofs}
-    for batch in settings.batches:
-        case = Case(checkpoint.model, checkpoint.schedule, batch, steps, settings.device)
-        rows = _Batch(case, settings, say).rows(providers)
-        for row in rows:
-            if "ms_a_step" in row:
-                _derive(row, chain, cost["flops"], peaks.get(row["dtype"]), settings.clock == "wall")
-        found["rows"] += rows
-        gc.collect()
+    with tempfile.TemporaryDirectory(prefix="ddpm-fast-bench-") as folder:
+        if settings.startups:
+            settings = _with_weights_on_disk(checkpoint, settings, Path(folder), say)
+        for batch in settings.batches:
+            case = Case(checkpoint.model, checkpoint.schedule, batch, steps, settings.device)
+            rows = _Batch(case, settings, Path(folder), say).rows(providers)
+            for row in rows:
+                if "ms_a_step" in row:
+                    _derive(row, chain, cost["flops"], peaks.get(row["dtype"]), settings.clock == "wall")
+            found["rows"] += rows
+            gc.collect()
     found["environment"]["load_average_after"] = load_average()
     return found
 
 
 class _Batch:
-    """One batch size: every provider built and checked, then all timed in turns."""
+    """One batch size: every provider built and checked, then all timed in turns.
 
-    def __init__(self, case: Case, settings: Settings, say: Callable[[str], None]):
-        self.case, self.settings, self.say = case, settings, say
+    On a CPU each is a process of its own, and this one judges and asks. On a GPU they share this one: a context for
+    each would take memory from all, and the driver would share the GPU out among contexts; what our operations set
+    for a whole process is of the CPU.
+
+    folder: for what processes are to find.
+    """
+
+    def __init__(self, case: Case, settings: Settings, folder: Path, say: Callable[[str], None]):
+        self.case, self.settings, self.folder, self.say = case, settings, folder, say
+        self.apart = case.device.type == "cpu"
+        self.running = ExitStack()  # ends the workers, whatever happens
         self.judge = Judge(case)
         # Now: a reference that fails is no provider's failure.
         self.say(f"batch {case.batch}: the truth, in float64")
@@ -101,17 +123,14 @@ class _Batch:
     def rows(self, providers: Sequence[Provider]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         ready: dict[str, tuple[Sampling, bool]] = {}
-        for provider in providers:
-            for dtype in self.settings.dtypes:
-                row, sampling = self.prepared(provider, dtype)
-                rows.append(row)
-                if sampling is not None:
-                    ready[_name(row)] = sampling, provider.ours
-        if ready:
-            timed = self.timed(ready)
-            for row in rows:
-                if _name(row) in ready:
-                    _fill(row, timed, self.case.steps)
+        with self.running:
+            for provider in providers:
+                for dtype in self.settings.dtypes:
+                    row, sampling = self.prepared(provider, dtype)
+                    rows.append(row)
+                    if sampling is not None:
+                        ready[_name(row)] = sampling, provider.ours
+            self.time(rows, ready)
         ready.clear()
         if self.settings.startups:
             self.start(rows, providers)
@@ -125,14 +144,42 @@ class _Batch:
         if reason is not None:
             return row | {"reason": reason}, None
         self.say(f"batch {case.batch}: {provider.name} {dtype}: making and checking it")
+        sampling: Sampling | None = None
         try:
             with full_float32(provider.ours):
-                sampling = provider.make(case, precision)
+                sampling = self.made(provider, dtype)
                 verdict = self.judge.verdict(sampling, precision, strict=provider.ours)
         except Exception as error:  # other people's software fails in its own ways, and is not to stop the rest
-            return row | {"reason": f"failed: {_line(error)}", "failed": True}, None
-        row["check"] = verdict.facts()
-        return row, sampling if verdict.ok else None
+            _end(sampling)
+            return row | _failure(error), None
+        if not verdict.ok:
+            _end(sampling)
+        return row | {"check": verdict.facts()}, sampling if verdict.ok else None
+
+    def made(self, provider: Provider, dtype: str) -> Sampling:
+        if not self.apart:
+            return provider.make(self.case, DTYPES[dtype])
+        return self.running.enter_context(Worker(provider, dtype, self.case, self.folder, self.settings.clock))
+
+    def time(self, rows: list[dict[str, Any]], ready: dict[str, tuple[Sampling, bool]]) -> None:
+        """Fills the rows of what is ready.
+
+        Of a worker that fails meanwhile the row says so, and the others begin again: ratios are of rounds in which
+        both ran.
+        """
+        by_name = {_name(row): row for row in rows}
+        while ready:
+            try:
+                timed = self.timed(ready)
+            except WorkerError as error:
+                (name,) = (name for name, (sampling, _) in ready.items() if sampling is error.worker)
+                del ready[name], by_name[name]["check"]
+                by_name[name] |= _failure(error)
+                error.worker.end()
+                continue
+            for name in ready:
+                _fill(by_name[name], timed, self.case.steps)
+            break
 
     def timed(self, ready: dict[str, tuple[Sampling, bool]]) -> Comparison:
         self.say(f"batch {self.case.batch}: timing {', '.join(ready)}")
@@ -140,7 +187,7 @@ class _Batch:
         return compare(
             {name: _drawing(*made) for name, made in ready.items()},
             baseline,
-            _clock(self.settings),
+            OwnClock() if self.apart else clock_for(self.case.device),
             warmup=1,
             rounds=self.settings.rounds,
             budget_s=self.settings.budget_s,
@@ -152,13 +199,28 @@ class _Batch:
         for row in rows:
             if "ms_a_step" in row:
                 self.say(f"batch {self.case.batch}: {_name(row)}: its first step, in a process of its own")
-                provider = by_name[row["provider"]]
-                case = self.case
-                row["startup"] = startup(provider, row["dtype"], case.model, case.schedule, case.batch, case.device)
+                provider, case = by_name[row["provider"]], self.case
+                row["startup"] = startup(provider, row["dtype"], self.folder / MODEL, case.batch, case.device)
+
+
+def _with_weights_on_disk(
+    checkpoint: Checkpoint, settings: Settings, folder: Path, say: Callable[[str], None]
+) -> Settings:
+    """The model below ``folder`` for first steps; where its format cannot say it, settings without first steps."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the format says in other words
+            save(folder / MODEL, checkpoint.model, checkpoint.schedule)
+    except ValueError as error:
+        say(f"no first steps are measured: {error}")
+        return replace(settings, startups=False)
+    return settings
 
 
 def _drawing(sampling: Sampling, ours: bool) -> Run:
-    """A trajectory, in the precision in which it was checked."""
+    """A trajectory, in the precision in which it was checked; a worker's says how long it took."""
+    if isinstance(sampling, Worker):
+        return sampling.turn
 
     def run() -> None:
         with full_float32(ours):
@@ -167,8 +229,13 @@ def _drawing(sampling: Sampling, ours: bool) -> Run:
     return run
 
 
-def _clock(settings: Settings) -> Clock:
-    return HostClock(time.process_time) if settings.clock == "cpu" else clock_for(settings.device)
+def _end(sampling: Sampling | None) -> None:
+    if isinstance(sampling, Worker):
+        sampling.end()
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"reason": f"failed: {_line(error)}", "failed": True}
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import load, save
-from ..schedule import Schedule
-from ..unet import UNet
+from ..checkpoints import load
 from .providers import DTYPES, Case, Provider, chosen
+from .worker import environment
 
 STEPS = 2  # of the chain that is drawn: the first step with all that it brings, and one more to subtract
 TIME_LIMIT_S = 1800.0
@@ -31,52 +30,46 @@ CACHES = {"XDG_CACHE_HOME": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRI
 def startup(
     provider: Provider,
     dtype: str,
-    model: UNet,
-    schedule: Schedule,
+    model: Path,
     batch: int,
     device: torch.device,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> dict[str, Any]:
-    """Seconds and MiB, JSON-ready.
+    """Seconds and MiB, JSON-ready. ``model``: the folder of the model and its schedule.
 
     ``load_s``: the weights, from disk. ``first_step_s``: from there to the end of the first step, imports of other
     software included. ``peak_mib``: of the process, or of a GPU's memory. ``cached_first_step_s``: of a second
     process, where the first left compiled code. ``failed``: why, where a process ended without an answer.
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-fast-bench-") as folder:
-        save(Path(folder) / "model", model, schedule)
         request = {
-            "folder": str(Path(folder) / "model"),
+            "folder": str(model),
             "provider": provider.name,
             "dtype": dtype,
             "batch": batch,
             "device": str(device),
             "threads": torch.get_num_threads(),
         }
-        environment = _environment(Path(folder))
-        first = _ask(request, environment, time_limit_s)
+        fresh = _without_caches(Path(folder))
+        first = _ask(request, fresh, time_limit_s)
         if provider.compiles and "failed" not in first:
-            again = _ask(request, environment, time_limit_s)
+            again = _ask(request, fresh, time_limit_s)
             first["cached_first_step_s"] = again.get("first_step_s")
     return first
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    environment = dict(os.environ)
+def _without_caches(folder: Path) -> dict[str, str]:
     # The Hub's cache lies below XDG_CACHE_HOME unless it is named.
-    hub = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    environment.setdefault("HF_HOME", str(hub))
-    root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    return environment | {name: str(folder / below) for name, below in CACHES.items()}
+    hub = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return {"HF_HOME": str(hub)} | environment() | {name: str(folder / below) for name, below in CACHES.items()}
 
 
-def _ask(request: dict[str, Any], environment: dict[str, str], time_limit_s: float) -> dict[str, Any]:
+def _ask(request: dict[str, Any], variables: dict[str, str], time_limit_s: float) -> dict[str, Any]:
     words = [sys.executable, "-m", "ddpm_fast.benchmarking.startup", json.dumps(request)]
     threads = {"OMP_NUM_THREADS": str(request["threads"])}
     try:
         done = subprocess.run(
-            words, env=environment | threads, capture_output=True, text=True, timeout=time_limit_s, check=False
+            words, env=variables | threads, capture_output=True, text=True, timeout=time_limit_s, check=False
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"no first step within {time_limit_s:g} s"}

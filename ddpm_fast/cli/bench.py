@@ -84,7 +84,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Timings of each, at least.")] = 3,
     budget: Annotated[float, typer.Option(help="Seconds for the rounds of one batch size.")] = 120.0,
     clock: Annotated[
-        str, typer.Option(help="wall, or cpu: of this process, for ratios on a machine that others use.")
+        str, typer.Option(help="wall, or cpu: of a provider's process, for ratios on a machine that others use.")
     ] = "wall",
     startup: Annotated[
         bool, typer.Option("--startup/--no-startup", help="First step and memory, in processes of their own.")
@@ -95,7 +95,9 @@ def bench(
     preset: Preset = None,
     settings: Settings = None,
 ) -> None:
-    """Time whole trajectories of several providers in turns: right first, then fast. Exit code 1 if ours is wrong."""
+    """Time whole trajectories of several providers in turns: right first, then fast. Exit code 1 if ours is wrong.
+
+    On a CPU each provider has a process of its own, and all but one wait."""
     from .. import roofline
     from ..benchmarking import providers as known
     from ..benchmarking import run as benchmark

@@ -43,6 +43,8 @@ class Ops:
     fir_downsample: Callable[[Feature], Feature] = _reference.fir_downsample
     enter: Callable[[Tensor], Feature] = lambda x: x  # a tensor into the set's own form
     leave: Callable[[Feature], Tensor] = lambda x: x  # and back, for what has no operation here
+    # A map that is wanted again much later, and what makes it anew: which of the two to keep until then.
+    lay_by: Callable[[Feature, Callable[[], Feature]], Feature | Callable[[], Feature]] = lambda x, make: x
     # conv_out and sampler_step in one launch, where the set has it: kernels/conv_step.py. The engine asks.
     conv_step: Callable[..., Tensor] | None = None
     # Weights as `conv` (and a Shortcut), `upsample_conv` and `conv_step` read them best, made once from

@@ -28,7 +28,7 @@ ALLOWED_IN_KERNELS = {"torch", "triton", "numpy"}
 # anywhere, as long as it closes no circle.
 LAYERS = [
     {"kernels", "_version"},
-    {"recording", "buffers", "config", "schedule", "image_files", "avatars", "distributed"}
+    {"recording", "parts", "buffers", "config", "schedule", "image_files", "avatars", "distributed"}
     | {"whole_files", "store_claims"},
     {"compiled", "ops", "ops_triton", "ops_cpu", "ops_winograd", "step_table", "noise", "diffusion", "data"},
     {"time_rows", "unet", "presets", "ema", "train_state"},

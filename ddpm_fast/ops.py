@@ -92,14 +92,15 @@ def reference() -> Ops:
 
 
 def cpu(keep_memory: bool = True) -> Ops:
-    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready at once.
+    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready within a second.
 
     Works on tensors on the CPU in float32, bfloat16 or float16, with oneDNN or without; float64 and weights that no
     `pack_conv` has packed run on the reference operations. Gradients do not flow. An image's bits depend on the
     batch it is in, by rounding.
 
     keep_memory: have glibc keep freed memory of any size for this whole process, whose peak then stays its own
-    until it ends. Without it, maps above 32 MB (256-pixel models) are faulted in anew at each use.
+    until it ends, and place it on huge pages where Linux gives them to who asks. Without it, maps above 32 MB
+    (256-pixel models) are faulted in anew at each use.
     """
     from . import ops_cpu
 

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ddpm_fast import compiled, ops_winograd
 from ddpm_fast.kernels import onednn, reference
+from ddpm_fast.kernels.norm_compiled import AFFINE, AFFINE_SILU, RAW
 from ddpm_fast.kernels.winograd import (
-    AFFINE,
-    AFFINE_SILU,
     F2,
     F4,
-    RAW,
     SCHEMES,
     UP,
     PartStats,

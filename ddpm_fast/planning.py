@@ -6,7 +6,7 @@ bounds: the larger of FLOPs and bytes over a datasheet's rates, launch by launch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -110,15 +110,14 @@ def plan(
         raise ValueError("the model does not state its image size; give it as sample_size")
     target = gpu(on) if isinstance(on, str) else on
     table = step_table(schedule, steps)
-    memory, parts, note = _memory(config, table, batch, dtype)
+    memory, parts, again, note = _memory(config, table, batch, dtype)
     step = config, table, batch, dtype
-    fused, eager = records(*step, parts=parts), records(*step, form="plain")
+    fused, eager = records(*step, parts=parts, again=again), records(*step, form="plain")
     notes = [note] if note else []
     notes += [f"{count} x {why}, so on torch's operations" for why, count in _fallbacks(config, table, dtype).items()]
-    if parts:
+    if parts or again:
         more = total([r.cost for r in fused]).launches - total([r.cost for r in records(*step)]).launches
-        which = ", ".join(f"norm_act {number + 1} in {p}" for number, p in parts.items())
-        notes.append(f"to save memory, with what reads it, in parts of the batch: {which} ({more} launches more)")
+        notes.append(f"to save memory, {_savings(batch, parts, again)} ({more} launches more)")
     if sum(memory.values()) > target.memory_bytes:
         notes.append(f"needs more memory than a {target.name} has")
     return Plan(
@@ -135,13 +134,24 @@ def plan(
     )
 
 
+def _savings(batch: int, parts: Mapping[int, int], again: bool) -> str:
+    """What the arena's plan changes in the order of launches, in words."""
+    ways = ["conv_in runs a second time, for its last use"] if again else []
+    if parts:
+        of = "the batch" if batch > 1 else "the rows"
+        which = ", ".join(f"norm_act {number + 1} in {p}" for number, p in parts.items())
+        ways.append(f"with what reads it, in parts of {of}: {which}")
+    return "; ".join(ways)
+
+
 def records(
     config: UNetConfig,
     table: StepTable,
     batch: int,
     dtype: torch.dtype,
     form: str = "fused",  # or "plain"
-    parts: dict[int, int] | None = None,  # norm_act number -> parts of the batch it runs in, with what reads it
+    parts: Mapping[int, int] | None = None,  # norm_act number -> parts that it runs in, with what reads it
+    again: bool = False,  # the first convolution runs twice
 ) -> list[Record]:
     """Every launch of one step: the time rows, the network, the sampler step.
 
@@ -149,27 +159,10 @@ def records(
     """
     if form == "plain":
         return _walk(_ghost(config, dtype), table, batch, form)
-    model = prepare(_ghost(config, dtype), dtype, "meta", _stand_in())
-    whole = _walk(model, table, batch, form)
-    if not parts:
-        return whole
-    norms = [i for i, r in enumerate(whole) if r.operation == "norm_act"]
-    cut = {norms[number]: -(-batch // p) for number, p in parts.items()}
-    by_size = {size: _walk(model, table, size, form) for size in _sizes(batch, cut.values())}
-    log, i = [], 0
-    while i < len(whole):
-        pair = slice(i, i + 1 + (i in cut and whole[i + 1].operation in CONVOLUTIONS))
-        if pair.stop - i == 2:
-            for first in range(0, batch, cut[i]):
-                log += by_size[min(cut[i], batch - first)][pair]
-        else:  # what reads it cannot take it in parts
-            log += whole[pair]
-        i = pair.stop
-    return log
-
-
-def _sizes(batch: int, cuts: Any) -> set[int]:
-    return {size for cut in cuts for size in (cut, batch % cut) if size}
+    stand_in = _stand_in()
+    if again:
+        stand_in = replace(stand_in, lay_by=lambda x, make: make)
+    return _walk(prepare(_ghost(config, dtype), dtype, "meta", stand_in), table, batch, form, parts)
 
 
 def _ghost(config: UNetConfig, dtype: torch.dtype) -> UNet:
@@ -185,10 +178,10 @@ def _stand_in() -> Ops:
 
 
 @torch.inference_mode()
-def _walk(model: UNet, table: StepTable, n: int, form: str) -> list[Record]:
+def _walk(model: UNet, table: StepTable, n: int, form: str, parts: Mapping[int, int] | None = None) -> list[Record]:
     config = model.config
     assert config.image_size is not None
-    ops, log = ops_module.recording(model.ops or ops_module.reference(), form)
+    ops, log = ops_module.recording(model.ops or ops_module.reference(), form, parts)
     channels, size = config.in_channels, config.image_size
     with torch.device("meta"):
         x, counter = torch.empty(n, channels, *size), torch.empty(2, dtype=torch.int32)
@@ -238,8 +231,8 @@ def _time_record(model: UNet, n: int) -> Record:
 
 def _memory(
     config: UNetConfig, table: StepTable, batch: int, dtype: torch.dtype
-) -> tuple[dict[str, int], dict[int, int], str]:
-    """Bytes that the engine holds, which normalisations its arena runs in parts, and a note."""
+) -> tuple[dict[str, int], Mapping[int, int], bool, str]:
+    """Bytes that the engine holds, which normalisations its arena runs in parts, whether conv_in runs again; a note."""
     from .engine import StepProgram
 
     assert config.image_size is not None
@@ -248,12 +241,14 @@ def _memory(
     except RuntimeError:
         cost = model_cost(_ghost(config, dtype), *config.image_size, batch_size=batch)
         memory = {"weights": cost["parameters"] * dtype.itemsize, "activations": cost["activation_bytes"], "tables": 0}
-        return memory, {}, "Triton is not installed: memory is that of torch's own operations"
+        return memory, {}, False, "Triton is not installed: memory is that of torch's own operations"
     prepared = prepare(_ghost(config, dtype), dtype, "meta", fused)
     program = StepProgram(prepared, table, batch, (config.in_channels, *config.image_size))
     use = program.memory
-    parts = {} if program.plan is None else dict(program.plan.parts)
-    return {"weights": use.weights, "activations": use.activations, "tables": use.tables}, parts, ""
+    memory = {"weights": use.weights, "activations": use.activations, "tables": use.tables}
+    if program.plan is None:
+        return memory, {}, False, ""
+    return memory, program.plan.parts, program.plan.again, ""
 
 
 def _fallbacks(config: UNetConfig, table: StepTable, dtype: torch.dtype) -> dict[str, int]:

@@ -18,7 +18,7 @@ from .conv_check import check_operands, check_packed, check_size
 from .conv_pack import PackedConv, pack_conv, pack_upsample_conv
 from .conv_plan import DTYPES, ConvShape, Specialization, specialization
 from .launch import Launch, require
-from .reference import Shortcut
+from .reference import Shortcut, sides
 
 __all__ = [
     "ConvShape",
@@ -39,7 +39,7 @@ def conv(
     *,
     skip: Tensor | None = None,  # [N, C2, H, W], behind x along C
     stride: int = 1,
-    padding: tuple[int, int] | None = None,  # zeros (before, after) on both axes; None: "same"
+    padding: tuple[int, ...] | None = None,  # zeros (before, after) on both axes, or `Sides`; None: "same"
     time: Tensor | None = None,  # [R, K], added per channel
     row: Tensor | None = None,  # int [1+]: the row of time; None: row n is image n's
     residual: Tensor | None = None,  # [N, K, H', W']
@@ -56,10 +56,9 @@ def conv(
     A float32 ``x`` is multiplied in full float32. The row must be below R.
     """
     packed = weight if isinstance(weight, PackedConv) else pack_conv(weight, dtype=x.dtype, channels=_channels(x, skip))
-    if padding is None:
-        padding = (packed.size // 2, packed.size // 2)
     n, _, h, w = x.shape
-    shape = ConvShape(n, h, w, _channels(x, skip), packed.out_channels, packed.size, stride, padding)
+    around = tuple(sides(padding, packed.size))
+    shape = ConvShape(n, h, w, _channels(x, skip), packed.out_channels, packed.size, stride, around)
     if packed.phases != 1:
         raise ValueError("conv needs weights from pack_conv; got those of pack_upsample_conv; pack them again")
     return _run(

@@ -187,7 +187,8 @@ def conv_kernel(
     MH: tl.constexpr, MW: tl.constexpr,  # the pixel grid of M: the output's, or one phase of it
     ROWS: tl.constexpr,  # of M an image: MH * MW, or more where statistics need whole parts
     C1: tl.constexpr, C2: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, K: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    TOP: tl.constexpr, LEFT: tl.constexpr,  # zeros above and before the image
     PHASES: tl.constexpr,  # 4 for nearest upsampling by 2 (SIZE is then 2), else 1
     TIME: tl.constexpr,  # 0: none; 1: one row for all; 2: row n is image n's
     SCALED: tl.constexpr,
@@ -209,7 +210,7 @@ def conv_kernel(
     R2: tl.constexpr = (C2 + BC - 1) // BC * BC
     COLUMNS: tl.constexpr = PHASES * SIZE * SIZE * (R1 + R2)
     column = phase * (SIZE * SIZE * (R1 + R2))
-    dy, dx = phase // 2 - PAD, phase % 2 - PAD
+    dy, dx = phase // 2 - TOP, phase % 2 - LEFT
     an, ah, aw = corner(n, h, w, valid, m0, images, ROWS, MW, STRIDE, MODE)
     UP: tl.constexpr = 2 if PHASES == 4 else 1
     k = k0 + tl.arange(0, BN)

@@ -14,6 +14,7 @@ from . import conv_kernel as device_code
 from .conv_pack import slice_channels
 from .launch import Launch, cdiv, triton
 from .launch_conv import conv_launch, has_descriptors, part_pixels
+from .reference import sides
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BOX, FLAT, HALVES, GATHER = range(4)  # conv_kernel's
@@ -31,7 +32,7 @@ class ConvShape:
     out_channels: int
     size: int = 3  # taps an axis
     stride: int = 1
-    padding: tuple[int, int] = (1, 1)
+    padding: tuple[int, ...] = (1, 1)  # (before, after) on both axes, or reference.Sides
     upsample: bool = False
     shortcut: tuple[int, ...] = ()  # channels of its x and skip
     bias: str = ""  # a key of DTYPES' values; "" without
@@ -50,8 +51,9 @@ class ConvShape:
         """Rows and columns of pixels that M runs over: the output's, or one phase's."""
         if self.upsample:
             return self.height, self.width
-        extra = sum(self.padding) - self.size
-        return (self.height + extra) // self.stride + 1, (self.width + extra) // self.stride + 1
+        top, bottom, left, right = sides(self.padding, self.size)
+        rows, columns = self.height + top + bottom, self.width + left + right
+        return (rows - self.size) // self.stride + 1, (columns - self.size) // self.stride + 1
 
     @property
     def output(self) -> tuple[int, int]:
@@ -116,10 +118,11 @@ def _specialize(shape: ConvShape, arch: int, launch: Launch | None) -> Specializ
     boxes = source_boxes(shape, mode, short_mode, bm, bn)
     types = _argument_types(shape, dtype, boxes)
     channels, shortcut = (*shape.channels, 0), (*shape.shortcut, 0, 0)
+    top, _, left, _ = sides(shape.padding, shape.size)
     values = {name: None for name, kind in types.items() if kind == "constexpr"} | {
         "H": shape.height, "W": shape.width, "MH": mh, "MW": mw, "ROWS": rows,
         "C1": channels[0], "C2": channels[1], "S1": shortcut[0], "S2": shortcut[1], "K": shape.out_channels,
-        "SIZE": 2 if shape.upsample else shape.size, "STRIDE": shape.stride, "PAD": shape.padding[0],
+        "SIZE": 2 if shape.upsample else shape.size, "STRIDE": shape.stride, "TOP": top, "LEFT": left,
         "PHASES": shape.phases, "TIME": {"none": 0, "one": 1, "row": 1, "image": 2}[shape.time_rows],
         "SCALED": shape.scaled, "MODE": mode, "SHORT_MODE": short_mode,
         "BC": shape.depth, "SHORT_BC": _short_depth(shape), "PART": shape.part, "WIDEN": interpreted(), **launch.meta,

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .reference import sides
+
 VECTOR_BYTES = 4  # float32: biases, norm weights, time rows, statistics, x_t
 CHANNEL_PAD = 16  # the low-precision copy of x that conv_in reads has its channels padded to a multiple of this
 MAX_PARTS = 64  # statistics of more parts are merged, MERGE_RUN to one, before a norm_act reads them
@@ -111,7 +113,7 @@ def conv(
     kernel: int = 3,  # 3 or 1
     skip_channels: int = 0,
     stride: int = 1,
-    padding: tuple[int, int] | None = None,
+    padding: tuple[int, ...] | None = None,  # as reference.conv takes it
     bias: bool = True,
     time_rows: int = 0,  # rows read of time: 1 from a table, N without; 0: none
     residual: bool = False,
@@ -127,17 +129,18 @@ def conv(
     reads the concatenation which norm_act made, its bias, and an addition), residual and scale one launch each.
     """
     n, c1, h, w = x
-    before, after = (kernel // 2,) * 2 if padding is None else padding
-    height, width = ((side + before + after - kernel) // stride + 1 for side in (h, w))
+    top, bottom, left, right = sides(padding, kernel)
+    padded = h + top + bottom, w + left + right
+    height, width = ((side - kernel) // stride + 1 for side in padded)
     lying = max(c1 + skip_channels, CHANNEL_PAD if _is_fused(form) else 0)
     image = n * lying * h * w * dtype.itemsize
     cost = _product(image, n * height * width, c1 + skip_channels, out_channels, kernel**2, bias, dtype)
     if not _is_fused(form):
         if skip_channels:
             cost += Cost(0, image, image, 1)
-        if before != after:
-            padded = image // (h * w) * (h + before + after) * (w + before + after)
-            cost += Cost(0, padded, padded, 1)
+        if (top, left) != (bottom, right):
+            moved = image // (h * w) * padded[0] * padded[1]
+            cost += Cost(0, moved, moved, 1)
     return cost + _epilogue(
         (n, out_channels, height, width), dtype, bias, time_rows, residual, shortcut_channels, scale, parts, form
     )

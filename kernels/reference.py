@@ -9,7 +9,7 @@ Each function runs on any device (``meta`` too) and is differentiable; ``out=`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +119,21 @@ def norm_act(
     return _deliver(h, x.dtype, out)
 
 
+class Sides(NamedTuple):
+    """Zeros around an image."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def sides(padding: Sequence[int] | None, kernel: int) -> Sides:
+    """What `conv`'s ``padding`` says of an image's four sides."""
+    given = (kernel // 2,) * 2 if padding is None else tuple(padding)
+    return Sides(*(given if len(given) == 4 else given * 2))
+
+
 def conv(
     x: Tensor,  # [N, C1, H, W]
     weight: Tensor,  # [K, C, 3, 3] or [K, C, 1, 1], C = C1 + C2
@@ -126,7 +141,7 @@ def conv(
     *,
     skip: Tensor | None = None,  # [N, C2, H, W], behind x along C
     stride: int = 1,
-    padding: tuple[int, int] | None = None,  # zeros (before, after) on both axes; None: "same"
+    padding: tuple[int, ...] | None = None,  # zeros (before, after) on both axes, or `Sides`; None: "same"
     time: Tensor | None = None,  # [R, K], added per channel
     row: Tensor | None = None,  # int [1+]: the row of time; None: row n is image n's
     residual: Tensor | None = None,  # [N, K, H', W']
@@ -138,11 +153,11 @@ def conv(
     """3x3 or 1x1 convolution, and all that follows it before the next normalisation."""
     h = _join(x, skip)
     weight = weight.to(h.dtype)
-    before, after = (weight.shape[-1] // 2,) * 2 if padding is None else padding
-    if before != after:
-        h = F.pad(h, (before, after, before, after))
-        before = 0
-    y = F.conv2d(h, weight, None if bias is None else bias.to(h.dtype), stride, before)
+    top, bottom, left, right = sides(padding, weight.shape[-1])
+    if (top, left) != (bottom, right):
+        h = F.pad(h, (left, right, top, bottom))
+        top = left = 0
+    y = F.conv2d(h, weight, None if bias is None else bias.to(h.dtype), stride, (top, left))
     return _epilogue(y, time, row, residual, shortcut, scale, with_stats, out)
 
 

@@ -13,17 +13,16 @@ import ctypes
 from collections import OrderedDict
 from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import onednn
+from .native import at, functions
+from .norm_compiled import RAW, stride
 
 PAD = 16  # channels: a vector of the widest registers, and what oneDNN blocks by
-RAW, AFFINE, AFFINE_SILU = range(3)  # what the input transform does to an element first
-ELEMENTS = {torch.float32: "float", torch.bfloat16: "bf16"}  # the source's name of a dtype
 
 
 class Scheme(NamedTuple):
@@ -203,19 +202,14 @@ class Kernels:
     """The functions of winograd_source.py, for one element type; tensors in, tensors out, torch's threads."""
 
     def __init__(self, library: ctypes.CDLL):
-        self._functions = {}
-        for name, types in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = types, None
-            self._functions[name] = function
-        self._functions["use_threads"](_parallel())
+        self._functions = functions(library, _SIGNATURES)
 
     def input_transform(self, scheme: Scheme, s: Source, v: Tensor, begin: int = 0) -> None:
         """Write the transformed patches of whole rows of tiles, v [T, P, Cp], from row ``begin`` of the batch on."""
         n, c1, h, w = s.x.shape
         c2 = s.channels - c1
         rows = v.shape[0] // scheme.tiles(n, h, w)[2]
-        arguments = _at(v), _at(s.x), _at(s.skip), _at(s.scale), _at(s.shift), s.act, n, h, w, c1, c2, v.shape[2]
+        arguments = at(v), at(s.x), at(s.skip), at(s.scale), at(s.shift), s.act, n, h, w, c1, c2, v.shape[2]
         self._functions["input_transform"](scheme.number, *arguments, begin, rows, torch.get_num_threads())
 
     def output_transform(
@@ -233,9 +227,8 @@ class Kernels:
         _, k, h, w = y.shape
         h, w = h * scheme.step // scheme.out, w * scheme.step // scheme.out
         rows = m.shape[0] // scheme.tiles(1, h, w)[2]
-        stride = 0 if time is None or len(time) == 1 else k
         values = None if stats is None else stats.values
-        arguments = _at(y), _at(m), _at(bias), _at(time), stride, _at(residual), scale, _at(values), h, w, k, m.shape[2]
+        arguments = at(y), at(m), at(bias), at(time), stride(time), at(residual), scale, at(values), h, w, k, m.shape[2]
         self._functions["output_transform"](scheme.number, *arguments, begin, rows, torch.get_num_threads())
 
     @staticmethod
@@ -247,7 +240,7 @@ class Kernels:
         n, c, h, w = x.shape
         rows = max(1, min(h, 64 // w))  # float32 sums of many more pixels would round
         stats = PartStats(torch.empty(n, -(-h // rows), 2, c), rows)
-        self._functions["channel_statistics"](_at(stats.values), _at(x), n, h, w, c, rows, torch.get_num_threads())
+        self._functions["channel_statistics"](at(stats.values), at(x), n, h, w, c, rows, torch.get_num_threads())
         return stats
 
     def norm_affine(
@@ -266,11 +259,10 @@ class Kernels:
         n, c1, h, w = x.shape
         c2 = 0 if skip is None else skip.values.shape[3]
         scale, shift = torch.empty(2, n, c1 + c2).unbind()
-        strides = [0 if t is None or len(t) == 1 else t.shape[1] for t in (bias_row, scale_shift)]
         self._functions["norm_affine"](
-            _at(scale), _at(shift), _at(stats.values), c1, stats.rows, _at(skip and skip.values), c2,
-            1 if skip is None else skip.rows, n, h, w, groups, eps, _at(weight), _at(bias), _at(bias_row), strides[0],
-            _at(scale_shift), strides[1], torch.get_num_threads(),
+            at(scale), at(shift), at(stats.values), c1, stats.rows, at(skip and skip.values), c2,
+            1 if skip is None else skip.rows, n, h, w, groups, eps, at(weight), at(bias), at(bias_row),
+            stride(bias_row), at(scale_shift), stride(scale_shift), torch.get_num_threads(),
         )  # fmt: skip
         return scale, shift
 
@@ -278,33 +270,16 @@ class Kernels:
         n, c1, h, w = s.x.shape
         c2 = s.channels - c1
         y = torch.empty((n, c1 + c2, h, w), dtype=s.x.dtype, memory_format=torch.channels_last)
-        arguments = _at(y), _at(s.x), _at(s.skip), _at(s.scale), _at(s.shift), s.act, _at(residual), n, h, w, c1, c2
+        arguments = at(y), at(s.x), at(s.skip), at(s.scale), at(s.shift), s.act, at(residual), n, h, w, c1, c2
         self._functions["norm_apply"](*arguments, torch.get_num_threads())
         return y
 
 
 _P, _I, _J = c_void_p, c_int, c_int64
 _SIGNATURES: dict[str, list[type]] = {
-    "use_threads": [_P],
     "input_transform": [_I, *[_P] * 5, _I, *[_J] * 8, _I],
     "output_transform": [_I, *[_P] * 4, _J, _P, c_float, _P, *[_J] * 6, _I],
     "channel_statistics": [_P, _P, *[_J] * 5, _I],
     "norm_affine": [_P, _P, _P, _J, _J, _P, _J, _J, *[_J] * 4, c_double, _P, _P, _P, _J, _P, _J, _I],
     "norm_apply": [*[_P] * 5, _I, _P, *[_J] * 5, _I],
 }
-
-
-def _at(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-@cache
-def _parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP that torch itself uses, or None."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-            return ctypes.cast(library.GOMP_parallel, c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None

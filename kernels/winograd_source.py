@@ -8,7 +8,7 @@ AVX2, SSE or NEON. Why not torch.compile: its pieces are specialised to shapes, 
 
 from __future__ import annotations
 
-from .winograd_vectors import NORMALISATION, VECTORS
+from .cpu_source import NORMALISATION, VECTORS
 
 TRANSFORMS = r"""
 // One axis of a transform (Lavin and Gray 2016): PATCH inputs, STEP apart, to POSITIONS products, to OUT results.
@@ -182,8 +182,6 @@ static void input_of(T* v, const Map& m, int act, int64_t cp, int64_t begin, int
 enum { SCHEME_F2, SCHEME_F4, SCHEME_UP };
 
 extern "C" {
-void use_threads(Parallel p) { parallel = p; }
-
 void input_transform(int scheme, T* v, const T* x, const T* skip, const float* scale, const float* shift, int act,
                      int64_t n, int64_t h, int64_t w, int64_t c1, int64_t c2, int64_t cp, int64_t begin,
                      int64_t rows, int threads) {
@@ -217,10 +215,7 @@ void norm_affine(float* scale, float* shift, const float* x, int64_t c1, int64_t
 
 void norm_apply(T* y, const T* x, const T* skip, const float* scale, const float* shift, int act, const T* residual,
                 int64_t n, int64_t h, int64_t w, int64_t c1, int64_t c2, int threads) {
-    const Map m = {x, skip, scale, shift, n, h, w, c1, c2};
-    if (act == RAW) materialise<RAW>(y, m, residual, threads);
-    else if (act == AFFINE) materialise<AFFINE>(y, m, residual, threads);
-    else materialise<AFFINE_SILU>(y, m, residual, threads);
+    norm_apply_act(y, {x, skip, scale, shift, n, h, w, c1, c2}, act, residual, threads);
 }
 }
 """

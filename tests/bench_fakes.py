@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import ddpm_fast
 from ddpm_fast import ops
 from ddpm_fast.benchmarking import ours
 from ddpm_fast.benchmarking.providers import Case, Provider
@@ -141,6 +142,7 @@ def observer(of: Case) -> Crooked:
         "threads": torch.get_num_threads(),
         "openmp": os.environ.get("OMP_NUM_THREADS"),
         "mapped": mapped(),
+        "package": ddpm_fast.__file__,
         "alive": sorted(alive),
     }
     (folder / "seen.json").write_text(json.dumps(seen))

@@ -173,12 +173,12 @@ def test_a_network_of_another_kind_is_refused_in_one_line():
 
 
 def test_what_follows_from_a_step_s_time(fakes: Path) -> None:
-    slow, fast = fake("sleeps", "slow", ms=16.0), fake("sleeps", "fast", ms=4.0)
+    slow, fast = fake("sleeps", "slow", ms=40.0), fake("sleeps", "fast", ms=10.0)
     roofs = [Roofs("cpu", "float32", 1, "2", 1e9, 1e9, 2e9)]
     found = run.run(checkpoint(), [slow, fast], settings(baseline="slow float32", batches=[4]), roofs)
     a, b = found["rows"]
-    assert a["ms_a_step"]["median"] == pytest.approx(16.0, rel=0.3)
-    assert b["ms_a_step"]["median"] == pytest.approx(4.0, rel=0.5)
+    assert a["ms_a_step"]["median"] == pytest.approx(40.0, rel=0.3)
+    assert b["ms_a_step"]["median"] == pytest.approx(10.0, rel=0.5)
     assert a["times_as_fast"] == {"as": "slow float32", "value": 1.0, "low": 1.0, "high": 1.0}
     assert b["times_as_fast"]["value"] == pytest.approx(4.0, rel=0.4)
     for row in (a, b):

@@ -17,8 +17,8 @@ from bench_fakes import fake, is_alive
 from models import TINY, normal, unet
 
 import ddpm_fast as df
-from ddpm_fast.benchmarking import ours, run, text, timing
-from ddpm_fast.benchmarking.checks import Judge
+from ddpm_fast.benchmarking import ours, run, text, timing, worker
+from ddpm_fast.benchmarking.checks import Judge, Verdict
 from ddpm_fast.benchmarking.providers import Case, Provider, chosen
 from ddpm_fast.benchmarking.worker import Worker
 from ddpm_fast.checkpoints import Checkpoint
@@ -54,6 +54,7 @@ def found(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENCH_FAKES", str(folder))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.chdir(folder)  # where no source tree is
         settings = run.Settings(
             [2], ["float32"], 3, baseline="dies float32", rounds=(3, 3), clock="cpu", startups=False
         )
@@ -105,7 +106,7 @@ def test_what_one_sets_for_its_process_is_not_seen_by_another(found: dict[str, A
     seen = json.loads((folder / "seen.json").read_text())
     threads = torch.get_num_threads()
     assert seen["environment"] is seen["interpreter"] is None and seen["dtype"] == "torch.float32"
-    assert seen["threads"] == threads and seen["openmp"] == str(threads)
+    assert seen["package"] == df.__file__ and seen["threads"] == threads and seen["openmp"] == str(threads)
     # glibc's default, which keep_freed_memory changes.
     assert [*json.loads((folder / "mapped.json").read_text()), seen["mapped"]] in ([True, False, True], [None] * 3)
     assert row(found, "selfish")["check"]["ok"] and pid(folder, "selfish") != os.getpid()
@@ -130,16 +131,16 @@ def test_the_weights_are_the_same_and_a_dead_parent_ends_it(tmp_path: Path, monk
     of = replace(case(model, batch=3), schedule=schedule)
     (reference,) = chosen(["reference"])
     here = reference.make(of, torch.float32)
-    with Worker(reference, "float32", of, tmp_path) as worker:
+    with Worker(reference, "float32", of, tmp_path) as there:
         x = normal(3, 3, 8, 8)
-        assert worker.noise == "philox" and torch.equal(worker.network(x, 1), here.network(x, 1))
-        assert torch.equal(worker.chain(5), here.chain(5)) and not torch.equal(worker.chain(6), here.chain(5))
-        assert worker.turn() > 0
-        assert worker.process.stdin is not None
-        os.kill(worker.process.pid, 0)
-        os.write(worker.process.stdin.fileno(), b'["chain", 0]\n' * 4000)
-        worker.process.stdin.close()
-        assert worker.process.wait(20.0) == 1
+        assert there.noise == "philox" and torch.equal(there.network(x, 1), here.network(x, 1))
+        assert torch.equal(there.chain(5), here.chain(5)) and not torch.equal(there.chain(6), here.chain(5))
+        assert there.turn() > 0
+        assert there.process.stdin is not None
+        os.kill(there.process.pid, 0)
+        os.write(there.process.stdin.fileno(), b'["chain", 0]\n' * 4000)
+        there.process.stdin.close()
+        assert there.process.wait(20.0) == 1
 
 
 def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
@@ -165,30 +166,56 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
         for line in parent.stderr:  # until it is checked and timed
             if "timing cpu" in line:
                 break
-        worker = pid(tmp_path, "sleeps")
-        assert is_alive(worker)
+        asleep = pid(tmp_path, "sleeps")
+        assert is_alive(asleep)
         parent.send_signal(signal.SIGINT)
         said = parent.stderr.read()
     assert parent.returncode == 130 and "interrupted" in said and "Traceback" not in said
-    assert not is_alive(worker)
+    assert not is_alive(asleep)
 
 
-def test_an_error_of_this_process_ends_the_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not only those of a provider: what is raised passes on, and nobody is left."""
-    made: list[Worker] = []
+def test_an_error_of_this_process_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait, and the one that is being checked, whatever is raised; and it passes on."""
+    ended: list[str] = []
 
-    def broken(self: Judge, sampling: Worker, *args: Any, **kwargs: Any) -> None:
-        made.append(sampling)
-        raise KeyboardInterrupt
+    class Fake(Worker):
+        def __init__(self, provider: Provider, *args: Any):
+            self.name = provider.name
 
-    monkeypatch.setattr(Judge, "verdict", broken)
+        def end(self) -> None:
+            ended.append(self.name)
+
+    def verdict(self: Judge, sampling: Fake, *args: Any, **kwargs: Any) -> Verdict:
+        if sampling.name == "b":
+            raise KeyboardInterrupt
+        return Verdict(0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+
+    monkeypatch.setattr(run, "Worker", Fake)
+    monkeypatch.setattr(Judge, "verdict", verdict)
+    made = [Provider("a", ours.make), Provider("b", ours.make)]
     with pytest.raises(KeyboardInterrupt):
-        run.run(
-            Checkpoint(unet(TINY), SCHEDULE, "tiny", "test", []),
-            chosen(["reference"]),
-            run.Settings([2], ["float32"], 3, startups=False),
-        )
-    assert made[0].process.poll() == -signal.SIGKILL
+        run.run(Checkpoint(unet(TINY), SCHEDULE, "tiny", "test", []), made, run.Settings([2], ["float32"], 3))
+    assert ended == ["b", "a"]
+
+
+def test_a_worker_rests_before_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its threads sleep: here they work through two windows and an eighth of a third. It is not in its time."""
+    spent, slept = iter([0.0, 0.01, 0.01, 0.02, 0.02, 0.02125, 0.03, 0.0305]), []
+    worker.rest(lambda: next(spent), slept.append)
+    assert slept == [worker.WINDOW_S] * 4
+    ticks = iter(range(1000))
+    worker.rest(lambda: next(ticks), slept.append)  # never idle
+    assert len(slept) == 4 + worker.WINDOWS
+
+    class Sampling:
+        def chain(self, seed: int) -> None:
+            said.append("drawn")
+
+    said: list[str] = []
+    made = worker._Made(tmp_path)
+    made.sampling, made.clock = Sampling(), timing.HostClock(lambda: float(len(said)))  # type: ignore[assignment]
+    monkeypatch.setattr(worker, "rest", lambda: said.append("rested"))
+    assert made.turn() == {"ms": 1000.0} and said == ["drawn", "rested"]
 
 
 def test_a_clock_that_takes_what_runs_say() -> None:

@@ -39,7 +39,7 @@ class Case:
     k: int
     size: int = 3
     stride: int = 1
-    padding: tuple[int, int] | None = None
+    padding: tuple[int, ...] | None = None
     upsample: bool = False
     bias: bool = True
     time: str = ""  # row | image | one
@@ -197,6 +197,8 @@ CASES = [
     Case(2, (12,), (7, 7), 16, stride=2, padding=(0, 1)),
     Case(2, (16,), (6, 6), 16, stride=2, padding=(0, 1), time="row"),
     Case(2, (16,), (8, 8), 16, padding=(0, 0)),
+    Case(1, (16, 16), (9, 8), 16, padding=(1, 0, 1, 1), time="row"),  # the upper rows of a larger image, by a box
+    Case(2, (12,), (4, 7), 16, padding=(0, 0, 1, 1), stride=1),  # rows from its middle, by pointers
     Case(2, (16,), (4, 4), 16, upsample=True, time="row"),
     Case(3, (16,), (8, 8), 16, upsample=True, packed=True, residual=True),
     Case(2, (20,), (3, 3), 24, upsample=True, shortcut=(16, 8), packed=True),
@@ -239,7 +241,7 @@ shapes = st.builds(
     k=st.sampled_from([1, 3, 8, 17, 32]),
     size=st.sampled_from([1, 3]),
     stride=st.sampled_from([1, 2]),
-    padding=st.sampled_from([None, (1, 1), (0, 2)]),
+    padding=st.sampled_from([None, (1, 1), (0, 2), (0, 1, 2, 1)]),
     bias=st.booleans(),
     time=st.sampled_from(["", "row", "image", "one"]),
     residual=st.booleans(),

@@ -42,6 +42,7 @@ IMAGES = conv(3, (16,), (4, 4), 16, time="image", arch=80)
 CONCAT = conv(1, (16, 32), (4, 4), 16, shortcut=(16, 32))
 HALVES = conv(1, (32,), (8, 8), 16, stride=2, padding=(0, 1), stats=False)
 STRIDED = conv(1, (12,), (6, 6), 16, stride=2, padding=(0, 1), stats=False)
+STRIP = conv(1, (16,), (6, 8), 16, padding=(0, 1, 1, 1))
 UP = conv(2, (16,), (4, 4), 16, upsample=True)
 UP_SHORT = conv(1, (16,), (3, 3), 16, upsample=True, shortcut=(8,), stats=False)
 RAGGED = conv(1, (16,), (7, 7), 16)
@@ -85,8 +86,9 @@ BUGS = [
     Bug("stride-2 pair", KERNEL, "((w + dx) & 1) * C", "((w + dx + 1) & 1) * C", HALVES),
     Bug("stride-2 half", KERNEL, "(h + dy) >> 1,", "(h + dy + 1) >> 1,", HALVES),
     Bug("stride ignored", KERNEL, "h * STRIDE, w * STRIDE", "h * STRIDE, w", STRIDED),
-    Bug("padding of the other side", PLAN, '"PAD": shape.padding[0]', '"PAD": shape.padding[1]', STRIDED),
-    Bug("phases swapped", KERNEL, "phase // 2 - PAD, phase % 2 - PAD", "phase % 2 - PAD, phase // 2 - PAD", UP),
+    Bug("padding of the other side", PLAN, "top, _, left, _ = sides", "_, top, _, left = sides", STRIDED),
+    Bug("rows padded as columns", PLAN, '"TOP": top,', '"TOP": left,', STRIP),
+    Bug("phases swapped", KERNEL, "phase // 2 - TOP, phase % 2 - LEFT", "phase % 2 - TOP, phase // 2 - LEFT", UP),
     Bug("phase of the weights", KERNEL, "column = phase *", "column = (phase ^ 1) *", UP),
     Bug("phase written elsewhere", KERNEL, "UP * w + phase % 2", "UP * w + (phase + 1) % 2", UP),
     Bug("phase of the shortcut", KERNEL,
@@ -127,7 +129,7 @@ def test_planted_bug_is_found(bug: Bug, device: torch.device, tmp_path: Path) ->
     assert_turns_red(lambda m: bug.check(m, device), mutant(tmp_path, module, bug.file, bug.old, bug.new))
 
 
-CHECKS = (BOX, GATHER, IMAGES, CONCAT, HALVES, STRIDED, UP, UP_SHORT, RAGGED, MANY)
+CHECKS = (BOX, GATHER, IMAGES, CONCAT, HALVES, STRIDED, STRIP, UP, UP_SHORT, RAGGED, MANY)
 
 
 @pytest.mark.parametrize("number", range(len(CHECKS)))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,16 @@ import ddpm_fast as df
 from ddpm_fast import ops
 from ddpm_fast.engine.choose_ops import choose_ops
 from ddpm_fast.engine.prepared import prepare, weight_bytes
-from ddpm_fast.kernels import host_memory, norm_cpu, onednn, reference, upsample_difference
+from ddpm_fast.kernels import host_memory, norm_compiled, norm_cpu, onednn, reference, upsample_difference
+from ddpm_fast.kernels.native import ELEMENTS
 from ddpm_fast.kernels.reference import Shortcut
+from ddpm_fast.ops import cpu_set as ops_cpu
 from ddpm_fast.ops.cpu_set import channels_last
 from ddpm_fast.unet import TimeRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_COMPILER = ops_cpu.compiled_norm(torch.float32) is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="NO C++ COMPILER: the compiled norm_act is NOT TESTED")
 
 
 @pytest.fixture(params=["oneDNN", "plain torch"])
@@ -195,6 +200,9 @@ def test_normalisation(name: str, mean: float, dtype: torch.dtype, monkeypatch: 
         wanted["residual"] = fresh((n, total, 9, 5), dtype, seed=6)
     args = (x, *affine, groups, 1e-5)
     before = x.clone()
+    if HAS_COMPILER and dtype in ELEMENTS and wanted.get("act", "silu") in norm_compiled.ACTS:
+        y = check_op(ops_cpu.compiled_norm(dtype), reference.norm_act, args, wanted)
+        assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(x, before)
     for limit, value in (("SMALL", norm_cpu.SMALL), ("SMALL", 0), ("CACHED", 1)):
         monkeypatch.setattr(norm_cpu, limit, value)
         y = check_op(norm_cpu.norm_act, reference.norm_act, args, wanted)
@@ -207,6 +215,7 @@ def test_normalisation_of_many_pixels_keeps_its_digits():
     truth = F.group_norm(x.double(), 2, eps=1e-5)
     same = reference.norm_act(x, None, None, 2, 1e-5, act="none")
     check(norm_cpu.norm_act(x, None, None, 2, 1e-5, act="none"), same, truth)
+    check(ops.cpu().norm_act(x, None, None, 2, 1e-5, act="none"), same, truth)
     with pytest.raises(AssertionError, match="error"):
         check(F.group_norm(x, 2, eps=1e-5), same, truth)
 
@@ -217,6 +226,54 @@ def test_bfloat16_leaves_torch_s_kernel_where_means_are_large(monkeypatch: pytes
     monkeypatch.setattr(norm_cpu, "MILD", 1e9)
     with pytest.raises(AssertionError, match="error"):
         check_op(norm_cpu.norm_act, reference.norm_act, args, {"act": "none"})
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ELEMENTS)
+@pytest.mark.parametrize(
+    ("n", "c", "skip", "h", "w", "groups"),
+    [
+        (1, 80, 16, 7, 7, 8),  # four vectors at a time, then one; groups of 12 straddle
+        (3, 70, 0, 5, 3, 5),  # channels that vectors do not divide
+        (2, 8, 4, 3, 70, 3),  # rows longer than a run of pixels may be
+        (1, 1, 0, 9, 9, 1),
+    ],
+)
+def test_compiled_normalisation_of_odd_shapes(
+    n: int, c: int, skip: int, h: int, w: int, groups: int, dtype: torch.dtype
+):
+    x, total = fresh((n, c, h, w), dtype, seed=1, mean=5.0), c + skip
+    options = {"skip": fresh((n, skip, h, w), dtype, seed=2)} if skip else {}
+    args = (x, normal(total, seed=3), normal(total, seed=4), groups, 1e-6)
+    check_op(ops_cpu.compiled_norm(dtype), reference.norm_act, args, options)
+
+
+@needs_compiler
+def test_compiled_normalisation_has_the_same_bits_for_any_number_of_threads():
+    x, seen, before = fresh((3, 24, 9, 11), torch.float32, seed=1), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            seen.append(ops.cpu().norm_act(x, None, None, 4, 1e-5))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_without_a_compiler_torch_s_operations_normalise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Nothing is said of it: the set is the same, and slower."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ops_cpu.compiled_norm.cache_clear()
+    args = (fresh((2, 16, 9, 5), torch.float32, seed=1), None, None, 4, 1e-5)
+    try:
+        assert ops_cpu.compiled_norm(torch.float32) is None
+        assert torch.equal(ops.cpu().norm_act(*args), norm_cpu.norm_act(*args))
+    finally:
+        ops_cpu.compiled_norm.cache_clear()
+    monkeypatch.undo()
+    if HAS_COMPILER:
+        assert not torch.equal(ops.cpu().norm_act(*args), norm_cpu.norm_act(*args)), "that was the same code twice"
 
 
 # --- the set ---
@@ -362,3 +419,19 @@ def test_a_large_map_keeps_its_pages():
         torch.ones(16 << 20)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert min(faults) < 1000
+
+
+def test_large_maps_lie_on_huge_pages():
+    """Where the system gives them to who asks: of 256 MB at least 200, by the kernel's own account."""
+    if not host_memory.keep_freed_memory() or not host_memory.huge_pages_on_demand():
+        pytest.skip("no glibc, or huge pages are always or never given here")
+    code = """
+import re, torch
+from ddpm_fast.kernels import host_memory
+print(host_memory.keep_freed_memory())
+x = torch.ones(64 << 20)
+print(re.search(r"AnonHugePages: +(\\d+) kB", open("/proc/self/smaps_rollup").read())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, kib = done.stdout.split()
+    assert kept == "True" and int(kib) >= 200 * 1024

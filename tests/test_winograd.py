@@ -12,12 +12,10 @@ from house_rule import fresh, poison
 from torch import Tensor
 
 from ddpm_fast.kernels import onednn, reference
+from ddpm_fast.kernels.norm_compiled import AFFINE, AFFINE_SILU, RAW
 from ddpm_fast.kernels.winograd import (
-    AFFINE,
-    AFFINE_SILU,
     F2,
     F4,
-    RAW,
     SCHEMES,
     UP,
     PartStats,

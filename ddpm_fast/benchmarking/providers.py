@@ -119,7 +119,7 @@ def providers() -> dict[str, Provider]:
 
     found = [
         own("reference", "reference", ("cpu", "cuda"), compiles=False),
-        own("cpu", "cpu", ("cpu",), compiles=False),
+        own("cpu", "cpu", ("cpu",)),
         own("winograd", "winograd", ("cpu",)),
         *(own(f"triton-{g}", "triton", ("cuda",), g) for g in GRAPHS),
         own("triton", "triton", ("cpu", "cuda")),

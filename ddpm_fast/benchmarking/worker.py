@@ -33,9 +33,8 @@ from .providers import DTYPES, Case, Provider, Sampling
 from .timing import HostClock
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-# Before a turn, so that nobody else is at work: threads of a loop that has ended wait for the next one with the core
-# in their hands, a few ms in GNU's OpenMP and ONNX Runtime, 200 in LLVM's and Intel's, which torch has elsewhere.
-PAUSE_S = 0.02 if sys.platform == "linux" else 0.25
+# At work for less than a tenth of such a window, a process is idle; or it never will be, after so many of them.
+WINDOW_S, WINDOWS = 0.01, 100
 EXIT_S = 5.0  # between the end of a process's answers and its own
 WEIGHTS, REQUEST, LOG, GIVEN, DRAWN = "weights.pt", "request.pickle", "log.txt", "given.pt", "drawn.pt"
 
@@ -96,8 +95,7 @@ class Worker:
         return self._drawn()
 
     def turn(self) -> float:
-        """Milliseconds of one trajectory by the worker's clock, after a pause."""
-        time.sleep(PAUSE_S)
+        """Milliseconds of one trajectory by the worker's clock; it is idle again when they are told."""
         return self._ask("turn")["ms"]
 
     def end(self) -> None:
@@ -185,7 +183,22 @@ class _Made:
         return {}
 
     def turn(self) -> dict[str, Any]:
-        return {"ms": self.clock(lambda: self.sampling.chain(0))}
+        ms = self.clock(lambda: self.sampling.chain(0))
+        rest()
+        return {"ms": ms}
+
+
+def rest(now: Callable[[], float] = time.process_time, pause: Callable[[float], None] = time.sleep) -> None:
+    """Until this process leaves the processor to the next one.
+
+    Threads of a loop that has ended wait for another one with a core in their hands: some ms in GNU's OpenMP, tens in
+    ONNX Runtime, 200 in LLVM's and Intel's OpenMP.
+    """
+    for _ in range(WINDOWS):
+        began = now()
+        pause(WINDOW_S)
+        if now() - began < WINDOW_S / 10:
+            break
 
 
 def _requests() -> Callable[[], str]:

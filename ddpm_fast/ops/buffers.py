@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes: more than any vector load or descriptor asks
-LEAST_PIXELS = 4096  # of a part; below, its convolution leaves a large GPU idle
+LEAST_PIXELS = 4096  # of a third part and more; below, a convolution leaves a large GPU idle
 MANY_PIXELS = 1 << 17  # of a part; from here on it takes long enough for its launches to be free
 MOST_LAUNCHES = 4  # more, for parts smaller than that
 MOST_PARTS = 8  # the memory of one part is little by then
+ENOUGH = 0.8  # of the arena without parts; no launch is spent on saving more
 WORTH = 0.98  # a split must bring the arena below this share of what it was
 
 
@@ -36,7 +37,10 @@ class Memory(Protocol):
         """Contiguous float32: statistics, workspaces."""
 
     def parts(self, shape: tuple[int, ...]) -> int:
-        """In how many parts of the batch the next norm_act, with a result of ``shape``, is to be made and read."""
+        """In how many parts the next norm_act, with a result of ``shape``, is to be made and read; see parts.py."""
+
+    def again(self, made: Tensor) -> bool:
+        """Whether ``made`` is to be forgotten between its first uses and its last, and made anew for that."""
 
     def replaced(self, old: Tensor, new: Tensor) -> None:
         """Note that ``new`` was written part by part, each after that part of ``old`` had been read for the last time.
@@ -61,6 +65,9 @@ class Fresh:
 
     def parts(self, shape: tuple[int, ...]) -> int:
         return 1
+
+    def again(self, made: Tensor) -> bool:
+        return False
 
     def replaced(self, old: Tensor, new: Tensor) -> None:
         pass
@@ -97,6 +104,7 @@ class Plan:
     outside: int  # the most bytes that torch's own results held at one moment
     norms: tuple[int, ...] = ()  # norm_act number -> its request
     parts: Mapping[int, int] = field(default_factory=dict)  # norm_act number -> parts, where more than one
+    again: bool = False  # what can be made anew for its last use is not kept until then
 
     @property
     def largest(self) -> int:
@@ -107,34 +115,44 @@ class Plan:
 def plan(
     run: Callable[[Memory], object],  # the network, on a set that asks the given memory
     most_launches: int = MOST_LAUNCHES,
-    least_pixels: int = LEAST_PIXELS,
 ) -> Plan:
     """Places for all results of ``run``.
 
-    Where the normalised map that a convolution reads makes the peak, the two run in parts of the batch, if that saves
-    memory: a sample's bits do not depend on the images beside it. Parts have ``least_pixels`` at least. Those that are
-    too small for their launches not to be felt may cost ``most_launches`` more in all.
+    Where the normalised map that a convolution reads makes the peak, the two run in parts, if that saves memory. Where
+    parts do not bring the arena down to ENOUGH, what can be made anew for its last use is not kept until then: one
+    launch, and its traffic. Neither changes a bit. Launches that are felt are at most ``most_launches`` more in all.
     """
-    best = now = _dry_run(run, {})
+    whole = _dry_run(run, {})
+    enough = int(ENOUGH * whole.size)
+    best = _in_parts(run, whole, enough, most_launches)
+    if best.size > enough and most_launches > 0:
+        again = _in_parts(run, _dry_run(run, {}, again=True), enough, most_launches - 1)
+        if again.size < WORTH * best.size:
+            best = again
+    return best
+
+
+def _in_parts(run: Callable[[Memory], object], start: Plan, enough: int, most_launches: int) -> Plan:
+    best = now = start
     # Several places may be as high as the peak, so that it falls only when all of them are split.
-    while (split := _at_the_peak(now, most_launches, least_pixels)) is not None:
-        now = _dry_run(run, {**now.parts, **split})
+    while (split := _at_the_peak(now, 0 if best.size <= enough else most_launches)) is not None:
+        now = _dry_run(run, {**now.parts, **split}, start.again)
         if now.size < WORTH * best.size:
             best = now
     return best
 
 
-def _dry_run(run: Callable[[Memory], object], parts: Mapping[int, int]) -> Plan:
-    planner = _Planner(parts)
+def _dry_run(run: Callable[[Memory], object], parts: Mapping[int, int], again: bool = False) -> Plan:
+    planner = _Planner(parts, again)
     result = run(planner)
     del result
     assert all(r.death > r.birth for r in planner.requests), "something keeps a result of the dry run"
     planner.succeed()
     size = place(planner.requests)
-    return Plan(tuple(planner.requests), size, planner.most_outside, tuple(planner.norms), parts)
+    return Plan(tuple(planner.requests), size, planner.most_outside, tuple(planner.norms), parts, again)
 
 
-def _at_the_peak(found: Plan, most_launches: int, least_pixels: int) -> dict[int, int] | None:
+def _at_the_peak(found: Plan, most_launches: int) -> dict[int, int] | None:
     """The largest norm_act result alive at the peak that can be split: its number, and in how many parts."""
     if not found.requests:
         return None
@@ -147,9 +165,11 @@ def _at_the_peak(found: Plan, most_launches: int, least_pixels: int) -> dict[int
             continue
         n, _, h, w = request.shape
         pixels = n * h * w
-        parts = min(n, MOST_PARTS, max(3, pixels // MANY_PIXELS), pixels // least_pixels)
-        if parts > 1 and _launches(request, parts) <= left:
-            choices.append((request.size, number, parts))
+        several = min(max(3, pixels // MANY_PIXELS), max(2, pixels // LEAST_PIXELS))
+        most = min(MOST_PARTS, several, max(2, n))  # a single image is cut into rows
+        paid = [parts for parts in range(2, most + 1) if _launches(request, parts) <= max(0, left)]
+        if paid:
+            choices.append((request.size, number, paid[-1]))
     return dict([max(choices)[1:]]) if choices else None
 
 
@@ -216,8 +236,8 @@ class _Planner:
 
     dry = True
 
-    def __init__(self, parts: Mapping[int, int]):
-        self._parts = parts
+    def __init__(self, parts: Mapping[int, int], again: bool):
+        self._parts, self._again = parts, again
         self.requests: list[Request] = []
         self.norms: list[int] = []
         self.most_outside = self._outside = 0
@@ -235,6 +255,9 @@ class _Planner:
         parts = self._parts.get(len(self.norms), 1)
         self.norms.append(len(self.requests))
         return parts
+
+    def again(self, made: Tensor) -> bool:
+        return self._again
 
     def replaced(self, old: Tensor, new: Tensor) -> None:
         pair = [self._living.get(t.untyped_storage()._cdata) for t in (old, new)]
@@ -300,6 +323,9 @@ class Arena:
     def parts(self, shape: tuple[int, ...]) -> int:
         self._norm += 1
         return self.plan.parts.get(self._norm - 1, 1)
+
+    def again(self, made: Tensor) -> bool:
+        return self.plan.again
 
     def replaced(self, old: Tensor, new: Tensor) -> None:
         pass

@@ -1,19 +1,26 @@
-"""The operations of a CPU: channels_last maps, weights arranged for oneDNN, nothing compiled, ready at once.
+"""The operations of a CPU: channels_last maps and weights arranged for oneDNN, ready at once.
 
 A feature map is a plain channels_last tensor. float32 is exact up to rounding; bfloat16 and float16 compute in
-their dtype where oneDNN has kernels for it on this processor, else in float32 over weights of that dtype.
+their dtype where oneDNN has kernels for it on this processor, else in float32 over weights of that dtype. Where there
+is a C++ compiler, normalisation is compiled at its first use, in a second; without, torch's operations do it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import host_memory, norm_cpu, onednn, reference, upsample_difference
+from ..kernels import host_memory, norm_compiled, norm_cpu, onednn, reference, upsample_difference
+from ..kernels.native import ELEMENTS
+from ..kernels.norm_compiled import CompiledNorm
+from . import compiled
 from .sets import Ops
+
+SMALL_ATTENTION = 400  # pixels
 
 
 def build(keep_memory: bool = True) -> Ops:
@@ -76,16 +83,53 @@ def pack_upsample_conv(weight: Tensor, *, dtype: torch.dtype) -> Any:
     return upsample_difference.pack_upsample_conv(weight, dtype=dtype)
 
 
-def attention(qkv: Tensor, heads: int) -> Tensor:
-    """`reference.attention`: over channels_last, q, k and v are views."""
-    return channels_last(reference.attention(qkv, heads))
+def attention(qkv: Tensor, heads: int) -> Tensor:  # [N, 3C, H, W] -> [N, C, H, W]
+    """`reference.attention`: over channels_last, q, k and v are views.
+
+    In bfloat16 torch's fused one multiplies in float32 throughout; of small images the weights can be kept, rounded
+    after the softmax, and multiplied as they are.
+    """
+    n, width, h, w = qkv.shape
+    small = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and h * w <= SMALL_ATTENTION
+    if not small or not onednn.computes(qkv.dtype):
+        return channels_last(reference.attention(qkv, heads))
+    head = width // 3 // heads
+    parts = qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, heads, head).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = (part.reshape(n * heads, h * w, head) for part in parts)
+    # With beta = 0 its first argument is not read.
+    scores = torch.baddbmm(torch.empty(1, 1, 1), q.float(), k.float().transpose(1, 2), beta=0, alpha=head**-0.5)
+    y = torch.bmm(scores.softmax(-1).to(v.dtype), v)
+    y = y.view(n, heads, h * w, head).transpose(1, 2).reshape(n, h, w, width // 3)
+    return y.permute(0, 3, 1, 2)
 
 
 def _norm_act(
-    *args: Any, stats: Any = None, skip_stats: Any = None, out: Tensor | None = None, **kwargs: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    *,
+    act: str = "silu",
+    skip: Tensor | None = None,
+    stats: Any = None,
+    skip_stats: Any = None,
+    out: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
-    y = norm_cpu.norm_act(*args, **kwargs)
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    norm = compiled_norm(x.dtype) if norm_compiled.suits(x, channels, groups, act) else None
+    y = (norm or norm_cpu.norm_act)(x, weight, bias, groups, eps, act=act, skip=skip, **kwargs)
     return y if out is None else out.copy_(y)
+
+
+@cache
+def compiled_norm(dtype: torch.dtype) -> CompiledNorm | None:
+    """The normalisation compiled for a dtype, in a second or from the cache; None where no C++ compiler does it."""
+    try:
+        return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
+    except RuntimeError:
+        return None
 
 
 def _conv(*args: Any, with_stats: bool = False, out: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels import cost, reference
 from ..kernels.cost import Cost
+from .parts import Part, cut
 
 if TYPE_CHECKING:
     from .sets import Feature, Ops
@@ -38,21 +39,27 @@ class Record:
         return self.shapes[-1][1]
 
 
-def recording(ops: Ops, form: str = "fused") -> tuple[Ops, list[Record]]:
-    """``ops``, and a list that grows by one `Record` a call.
+def recording(
+    ops: Ops,
+    form: str = "fused",
+    parts: Mapping[int, int] | None = None,  # norm_act number -> parts that it runs in, with what reads it
+) -> tuple[Ops, list[Record]]:
+    """``ops``, and a list that grows by one `Record` a call, or one a part.
 
     form: "fused" prices each call as the kernels run it, "plain" as a chain of eager torch operations; a call
-    that ``ops`` hands to the reference operation (`Ops.falls_back`) is priced plain in either.
+    that ``ops`` hands to the reference operation (`Ops.falls_back`) is priced plain in either. parts: of plain tensors.
     """
-    recorder = _Recorder(ops, form)
+    recorder = _Recorder(ops, form, parts or {})
     recorded: Any = {name: recorder.around(name) for name in _PRICES if getattr(ops, name) is not None}
     return replace(ops, **recorded), recorder.log
 
 
 class _Recorder:
-    def __init__(self, ops: Ops, form: str):
-        self.ops, self.form = ops, form
+    def __init__(self, ops: Ops, form: str, cuts: Mapping[int, int]):
+        self.ops, self.form, self.cuts = ops, form, cuts
         self.log: list[Record] = []
+        self.norms = 0
+        self.postponed: tuple[_Call, Record, int] | None = None  # until it is known what reads it
         # Statistics parts of each feature map whose producer made statistics. Weak: recording keeps no pixels.
         self.parts = WeakIdKeyDictionary()
 
@@ -66,16 +73,52 @@ class _Recorder:
             bound.apply_defaults()
             arguments = bound.arguments
             form = "plain" if self.ops.falls_back(name, arguments) else self.form
-            entry = price(_Call(arguments, form, self.parts))
+            call = _Call(arguments, form, self.parts, arguments)
+            entry = price(call)
             y = operation(*args, **kwargs)
             if arguments.get("with_stats") and form == "fused":
                 self.parts[y] = _parts(name, tuple(y.shape))
-            self.log.append(
-                Record(name, (*entry.shapes, ("out", tuple(y.shape))), entry.dtype, entry.detail, entry.cost)
-            )
+            self.write(name, call, entry.record(name, y))
             return y
 
         return recorded
+
+    def write(self, name: str, call: _Call, record: Record) -> None:
+        before, self.postponed = self.postponed, None
+        if before is not None:
+            norm, whole, parts = before
+            cuts = self.cut(name, norm, call, parts)
+            for p in cuts:
+                self.write_part("norm_act", norm, p.of_norm(norm.arguments, whole.out[0]), whole.out, p.images, p.read)
+                read = {"x": call["x"][p.images, :, p.read]}
+                given = p.of_conv(call.arguments, whole.out[0]) | read
+                self.write_part(name, call, given, record.out, p.images, p.written)
+            if cuts:
+                return
+            self.log.append(whole)
+        if name == "norm_act":
+            self.norms += 1
+            if (parts := self.cuts.get(self.norms - 1, 1)) > 1:
+                self.postponed = call, record, parts
+                return
+        self.log.append(record)
+
+    def cut(self, name: str, norm: _Call, call: _Call, parts: int) -> list[Part]:
+        """As ops_triton's set cuts the two."""
+        if name not in ("conv", "upsample_conv"):
+            return []
+        measured = norm.form == "fused" and norm.parts("x") and (norm["skip"] is None or norm.parts("skip"))
+        if len(call["x"]) == 1 and not measured:
+            return []
+        return cut(name, call["x"].shape, weight_shape(call["weight"])[2], call.arguments, parts)
+
+    def write_part(
+        self, name: str, call: _Call, arguments: Arguments, whole: tuple[int, ...], images: slice, rows: slice
+    ) -> None:
+        n, channels, h, w = whole
+        y = torch.empty(n, channels, h, w, device="meta")[images, :, rows]
+        entry = _PRICES[name](replace(call, arguments=arguments))
+        self.log.append(entry.record(name, y))
 
 
 def _definition(name: str) -> Callable[..., Any]:
@@ -92,12 +135,13 @@ class _Call:
     arguments: Arguments
     form: str
     made: WeakIdKeyDictionary  # feature map -> parts of its statistics
+    whole: Arguments  # where `arguments` are those of a part
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
     def parts(self, name: str) -> int:
-        feature = self.arguments[name]
+        feature = self.whole[name]
         return 0 if feature is None else self.made.get(feature, 0)
 
     def rows(self, name: str) -> int:
@@ -112,6 +156,9 @@ class _Entry:
     dtype: torch.dtype
     detail: str
     cost: Cost
+
+    def record(self, name: str, y: Feature) -> Record:
+        return Record(name, (*self.shapes, ("out", tuple(y.shape))), self.dtype, self.detail, self.cost)
 
 
 def _channels(feature: Feature | None) -> int:
@@ -219,8 +266,8 @@ def _conv(call: _Call) -> _Entry:
     x, (k, c, kernel) = call["x"], weight_shape(call["weight"])
     skip, stride = _channels(call["skip"]), call["stride"]
     shape = (x.shape[0], c - skip, *x.shape[2:])  # of channels that exist: conv_in's image may lie padded
-    before, after = (kernel // 2,) * 2 if call["padding"] is None else call["padding"]
-    sides = [(side + before + after - kernel) // stride + 1 for side in shape[2:]]
+    top, bottom, left, right = reference.sides(call["padding"], kernel)
+    sides = ((side - kernel) // stride + 1 for side in (shape[2] + top + bottom, shape[3] + left + right))
     priced = cost.conv(
         shape,
         k,

@@ -43,6 +43,8 @@ class Ops:
     fir_downsample: Callable[[Feature], Feature] = _reference.fir_downsample
     enter: Callable[[Tensor], Feature] = lambda x: x  # a tensor into the set's own form
     leave: Callable[[Feature], Tensor] = lambda x: x  # and back, for what has no operation here
+    # A map that is wanted again much later, and what makes it anew: which of the two to keep until then.
+    lay_by: Callable[[Feature, Callable[[], Feature]], Feature | Callable[[], Feature]] = lambda x, make: x
     # conv_out and sampler_step in one launch, where the set has it: kernels/conv_step.py. The engine asks.
     conv_step: Callable[..., Tensor] | None = None
     # Weights as `conv` (and a Shortcut), `upsample_conv` and `conv_step` read them best, made once from
@@ -90,14 +92,15 @@ def reference() -> Ops:
 
 
 def cpu(keep_memory: bool = True) -> Ops:
-    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready at once.
+    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready within a second.
 
     Works on tensors on the CPU in float32, bfloat16 or float16, with oneDNN or without; float64 and weights that no
     `pack_conv` has packed run on the reference operations. Gradients do not flow. An image's bits depend on the
     batch it is in, by rounding.
 
     keep_memory: have glibc keep freed memory of any size for this whole process, whose peak then stays its own
-    until it ends. Without it, maps above 32 MB (256-pixel models) are faulted in anew at each use.
+    until it ends, and place it on huge pages where Linux gives them to who asks. Without it, maps above 32 MB
+    (256-pixel models) are faulted in anew at each use.
     """
     from . import cpu_set
 

@@ -7,7 +7,7 @@ left for the next normalisation. What no kernel covers runs on the reference ope
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..kernels import reference
 from ..kernels.cost import CHANNEL_PAD
 from ..kernels.reference import Shortcut
 from .buffers import Fresh, Memory
+from .parts import Part, cut
 from .records import weight_shape
 from .sets import Ops
 
@@ -46,7 +47,7 @@ class FeatureMap:
 
 @dataclass(frozen=True, eq=False)
 class Postponed:
-    """A norm_act that the convolution which reads it runs in parts of the batch: its result never lies whole."""
+    """A norm_act that the convolution which reads it runs in parts: its result never lies whole."""
 
     arguments: Mapping[str, Any]  # of norm_act
     shape: torch.Size
@@ -89,6 +90,7 @@ def build(memory: Memory | None = None) -> Ops:
         enter=enter,
         leave=leave,
         conv_step=lambda x, *args, **kwargs: conv_step.conv_step(x.data, *args, **kwargs),
+        lay_by=lambda x, make: make if memory.again(x.data) else x,
         pack_conv=_pack(conv_kernels.pack_conv),
         pack_upsample_conv=_pack(conv_kernels.pack_upsample_conv),
         pack_step_conv=_pack(conv_step.pack_step_conv),
@@ -164,11 +166,17 @@ def _norm_act(kernel: Callable[..., Tensor], memory: Memory) -> Callable[..., Fe
         n, channels, h, w = x.shape
         shape = torch.Size((n, channels + (0 if skip is None else skip.shape[1]), h, w))
         parts = memory.parts(shape)
-        if parts > 1:
+        if parts > 1 and (n > 1 or _measured(a)):
             return Postponed(a, shape, parts, run, memory)
         return FeatureMap(run(a, memory.map(shape, x.dtype, x.data.device)))
 
     return norm_act
+
+
+def _measured(a: Mapping[str, Any]) -> bool:
+    """Whether the statistics of all inputs are there, so that an image can be normalised row by row."""
+    there = a["stats"] is not None and (a["skip"] is None or a["skip_stats"] is not None)
+    return there and not falls_back("norm_act", a)
 
 
 def _workspace(a: Mapping[str, Any]) -> int:
@@ -212,8 +220,8 @@ def _convolution(
         stats = None
         if a["with_stats"] and not falls_back(operation, {**a, "x": x}):
             stats = memory.floats(stats_shape, y.device)
-        if isinstance(x, Postponed):
-            _in_parts(run, x, a, stats, memory)
+        if isinstance(x, Postponed) and (cuts := cut(operation, x.shape, weight_shape(a["weight"])[2], a, x.parts)):
+            _in_parts(run, x, a, stats, cuts, memory)
         else:
             run({**a, "x": x.data}, stats)
         return FeatureMap(y, stats)
@@ -226,37 +234,26 @@ def _in_parts(
     x: Postponed,
     a: Mapping[str, Any],
     stats: Tensor | None,
+    cuts: Sequence[Part],
     memory: Memory,
 ) -> None:
-    """Normalise and convolve one part of the batch after the other, through one buffer."""
+    """Normalise and convolve one part after the other, through one buffer."""
     n, channels, h, w = x.shape
-    size = -(-n // x.parts)
-    buffer = memory.map((size, channels, h, w), x.dtype, _device(x))
-    for first in range(0, n, size):
-        images = slice(first, min(first + size, n))
-        part = x.run(_images(x.arguments, images, n), buffer[: images.stop - first])
-        run({**_images(a, images, n), "x": part}, None if stats is None else stats[images])
-    if x.arguments["skip"] is None and _image_bytes(x.arguments["x"]) == _image_bytes(a["out"]):
+    images = max(p.images.stop - p.images.start for p in cuts)
+    rows = max(len(range(h)[p.read]) for p in cuts)
+    buffer = memory.map((images, channels, rows, w), x.dtype, _device(x))
+    for p in cuts:
+        part = buffer[: p.images.stop - p.images.start, :, : len(range(h)[p.read])]
+        part = x.run(p.of_norm(x.arguments, n), part)
+        run({**p.of_conv(a, n), "x": part}, None if stats is None else p.of_stats(stats, a["out"].shape[2]))
+    # Rows are read once more by the run below them.
+    apart = n > 1 and x.arguments["skip"] is None
+    if apart and _image_bytes(x.arguments["x"]) == _image_bytes(a["out"]):
         memory.replaced(x.arguments["x"], a["out"])
 
 
 def _image_bytes(x: Tensor) -> int:
     return x[0].numel() * x.element_size()
-
-
-def _images(a: Mapping[str, Any], images: slice, n: int) -> dict[str, Any]:
-    """The arguments of a call for some of its ``n`` images."""
-    part = dict(a)
-    for name in ("x", "skip", "residual", "stats", "skip_stats", "out"):
-        if part.get(name) is not None:
-            part[name] = part[name][images]
-    for name in ("time", "bias_row", "scale_shift"):
-        if part.get(name) is not None and part["row"] is None and len(part[name]) == n:
-            part[name] = part[name][images]
-    if part.get("shortcut") is not None:
-        s = part["shortcut"]
-        part["shortcut"] = Shortcut(s.x[images], None if s.skip is None else s.skip[images], s.weight, s.bias)
-    return part
 
 
 def _result(operation: str, x: FeatureMap | Postponed, a: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -266,7 +263,7 @@ def _result(operation: str, x: FeatureMap | Postponed, a: Mapping[str, Any]) -> 
     n, channels, h, w = x.shape
     k, _, size = weight_shape(a["weight"])
     upsample = operation == "upsample_conv"
-    padding = a.get("padding") or (size // 2, size // 2)
+    padding = reference.sides(a.get("padding"), size)
     shape = ConvShape(n, h, w, (channels,), k, size, a.get("stride", 1), padding, upsample, with_stats=a["with_stats"])
     return (n, k, *shape.output), (n, shape.parts, 3, k)
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import host_memory, onednn, winograd
+from ..kernels import host_memory, norm_compiled, onednn, winograd
+from ..kernels.native import ELEMENTS
+from ..kernels.norm_compiled import table_rows, vector
 from ..kernels.onednn import PackedConv
 from ..kernels.reference import Shortcut
 from ..kernels.winograd import UP, Kernels, PartStats, Products, Scheme, Source, scheme_for
 from ..kernels.winograd_source import SOURCE
 from . import compiled, cpu_set
 from .sets import Ops
-
-ACTS = {"silu": winograd.AFFINE_SILU, "swish": winograd.AFFINE_SILU, "none": winograd.AFFINE}
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class PackedWinograd:
 def kernels(dtype: torch.dtype) -> Kernels:
     """The compiled functions for a dtype; RuntimeError where they cannot be compiled."""
     if dtype not in _KERNELS:
-        defines = {"ELEMENT": winograd.ELEMENTS[dtype]}
+        defines = {"ELEMENT": ELEMENTS[dtype]}
         _KERNELS[dtype] = Kernels(compiled.library("winograd", SOURCE, defines))
     return _KERNELS[dtype]
 
@@ -105,7 +105,6 @@ def kernels(dtype: torch.dtype) -> Kernels:
 _KERNELS: dict[torch.dtype, Kernels] = {}
 _cpu = cache(partial(cpu_set.build, keep_memory=False))  # what computes all that has no form of its own here
 CHUNK_BYTES = 64 * 2**20  # of transformed patches and products at once; less memory, and no slower than all
-SMALL_ATTENTION = 400  # pixels
 _SCRATCH = threading.local()  # transformed patches, from one convolution to the next of a thread
 
 
@@ -122,7 +121,7 @@ def build(keep_memory: bool = True) -> Ops:
         upsample_conv=upsample_conv,
         upsample=lambda x: FeatureMap(cpu.upsample(x.data)),
         downsample=lambda x: FeatureMap(cpu.downsample(x.data)),
-        attention=attention,
+        attention=lambda qkv, heads: FeatureMap(cpu_set.attention(qkv.data, heads)),
         sampler_step=cpu.sampler_step,
         enter=lambda x: FeatureMap(cpu.enter(x)),
         leave=lambda x: x.data,
@@ -138,7 +137,7 @@ def falls_back(operation: str, arguments: Mapping[str, Any]) -> str | None:
 
 def computes(dtype: torch.dtype) -> bool:
     """Whether Winograd products are worth it: in float32 always, in bfloat16 where the processor has it."""
-    return dtype == torch.float32 or (dtype in winograd.ELEMENTS and onednn.computes(dtype))
+    return dtype == torch.float32 or (dtype in ELEMENTS and onednn.computes(dtype))
 
 
 def pack_conv(weight: Tensor, *, dtype: torch.dtype, channels: tuple[int, ...] | None = None) -> Any:
@@ -177,7 +176,7 @@ def norm_act(
     """`reference.norm_act`, postponed where the next operation can apply it."""
     pixels = x.data
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    if pixels.device.type != "cpu" or x.dtype not in winograd.ELEMENTS or act not in ACTS or channels % groups:
+    if not norm_compiled.suits(pixels, channels, groups, act):
         y = _cpu().norm_act(
             pixels, weight, bias, groups, eps, skip=_pixels(skip), act=act, bias_row=bias_row,
             scale_shift=scale_shift, row=row, residual=_pixels(residual), out=out,
@@ -190,12 +189,12 @@ def norm_act(
         None if skip is None else _stats(run, skip),
         groups,
         eps,
-        _vector(weight),
-        _vector(bias),
-        _rows(bias_row, row, len(pixels)),
-        _rows(scale_shift, row, len(pixels)),
+        vector(weight),
+        vector(bias),
+        table_rows(bias_row, row, len(pixels)),
+        table_rows(scale_shift, row, len(pixels)),
     )
-    lazy = Normalised(Source(pixels, _pixels(skip), scale, shift, ACTS[act]))
+    lazy = Normalised(Source(pixels, _pixels(skip), scale, shift, norm_compiled.ACTS[act]))
     if residual is None and out is None:
         return lazy
     y = run.norm_apply(lazy.source, _pixels(residual))
@@ -237,22 +236,6 @@ def conv(
         )  # fmt: skip
         return FeatureMap(y)
     return _transformed(x, weight, scheme, bias, time, row, residual, shortcut, scale, with_stats, out)
-
-
-def attention(qkv: FeatureMap, heads: int) -> FeatureMap:
-    """`reference.attention`. In bfloat16 torch's fused one multiplies in float32 throughout; of small images the
-    weights can be kept, rounded after the softmax, and multiplied as they are."""
-    n, width, h, w = qkv.shape
-    if qkv.dtype != torch.bfloat16 or h * w > SMALL_ATTENTION or not onednn.computes(qkv.dtype):
-        return FeatureMap(_cpu().attention(qkv.data, heads))
-    head = width // 3 // heads
-    parts = qkv.data.permute(0, 2, 3, 1).reshape(n, h * w, 3, heads, head).permute(2, 0, 3, 1, 4).unbind()
-    q, k, v = (part.reshape(n * heads, h * w, head) for part in parts)
-    # With beta = 0 its first argument is not read.
-    scores = torch.baddbmm(torch.empty(1, 1, 1), q.float(), k.float().transpose(1, 2), beta=0, alpha=head**-0.5)
-    y = torch.bmm(scores.softmax(-1).to(v.dtype), v)
-    y = y.view(n, heads, h * w, head).transpose(1, 2).reshape(n, h, w, width // 3)
-    return FeatureMap(y.permute(0, 3, 1, 2))
 
 
 def upsample_conv(
@@ -304,7 +287,7 @@ def _transformed(
     up = scheme.out // scheme.step
     y = torch.empty((n, weight.out_channels, h * up, w * up), dtype=x.dtype, memory_format=torch.channels_last)
     stats = run.stats_of(scheme, y) if with_stats else None
-    around = _vector(bias), _rows(time, row, n), added, scale, stats
+    around = vector(bias), table_rows(time, row, n), added, scale, stats
     _, down, across = scheme.tiles(n, h, w)
     whole = across * scheme.positions * (products.cp + products.kp) * x.dtype.itemsize
     for begin, rows in _chunks(n * down, whole):
@@ -345,16 +328,3 @@ def _pixels(x: Any) -> Tensor | None:
 
 def _plain(s: Shortcut | None) -> Shortcut | None:
     return None if s is None else Shortcut(s.x.data, _pixels(s.skip), s.weight, s.bias)
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
-
-
-def _rows(table: Tensor | None, row: Tensor | None, n: int) -> Tensor | None:
-    """[R, C] -> float32 [1 or N, C]."""
-    if table is None:
-        return None
-    if row is None and len(table) not in (1, n):
-        raise ValueError(f"a table without a row to read needs one row, or one an image; got {len(table)} for {n}")
-    return _vector(table if row is None else table[int(row[0])][None])

@@ -7,6 +7,7 @@ A feature map is [N, C, H, W]; `UNet.forward` is the plain way in, `UNet.run` th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -154,8 +155,9 @@ class UNet(nn.Module):
         if self.config.center_input_sample:
             x = 2 * x - 1
         image = ops.enter(x)
-        h = ops.conv(image, self.conv_in.weight, self.conv_in.bias, with_stats=True)
-        skips = [h]
+        first = partial(ops.conv, image, self.conv_in.weight, self.conv_in.bias, with_stats=True)
+        h = first()
+        skips = [ops.lay_by(h, first)]
         for block in self.down_blocks:
             h = cast(Level, block).down(ops, h, skips, time)
             if isinstance(block, SkipDownBlock) and block.resnet_down is not None:
@@ -167,10 +169,15 @@ class UNet(nn.Module):
         # Not a method of Block: this frame would hold the block's input, the largest map there is, to its end.
         for block in cast(Iterator[Level], iter(self.up_blocks)):
             for resnet, attention in block.stages():
-                h = resnet(ops, h, skips.pop(), time)
+                h = resnet(ops, h, _taken_up(skips.pop()), time)
                 h = h if attention is None else attention(ops, h)
             if isinstance(block, SkipUpBlock):
                 image = block.add_to(ops, image, h)
             if (upsampler := block.upsampler()) is not None:
                 h = upsampler(ops, h, None, time)
         return norm_act(ops, self.conv_norm_out, h, "silu"), image
+
+
+def _taken_up(skip: Feature | Callable[[], Feature]) -> Feature:
+    """What `Ops.lay_by` laid by."""
+    return skip() if isinstance(skip, partial) else skip

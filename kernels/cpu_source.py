@@ -1,4 +1,4 @@
-"""C++ below winograd_source.py: vectors, maps that are read normalised, threads, moments, normalisation.
+"""C++ that a CPU's compiled operations share: vectors, maps that are read normalised, threads, moments, normalisation.
 
 Feature maps are [N, H, W, C] in memory; T is their element type, L floats make a vector.
 """
@@ -11,7 +11,11 @@ VECTORS = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int L = 16;
@@ -36,9 +40,13 @@ static inline vec load(const bf16* p) {
 }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 static inline void store(bf16* p, vec v) {  // to nearest, ties to even
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
     uvec u = (uvec)v;
     u += 0x7fff + ((u >> 16) & 1);
-    hvec h = __builtin_convertvector(u >> 16, hvec);
+    const hvec h = __builtin_convertvector(u >> 16, hvec);
+#endif
     memcpy(p, &h, sizeof h);
 }
 // The same for the n <= L elements at the end of a row of channels.
@@ -108,6 +116,7 @@ template <int ACT, class E> static inline void pixel(E* out, const Map& m, int64
 // GOMP_parallel of the OpenMP that torch has loaded, so that both share one pool of threads; null: one thread.
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 static Parallel parallel = nullptr;
+extern "C" void use_threads(Parallel p) { parallel = p; }
 
 template <class Run> struct Work {
     const Run& run;
@@ -136,6 +145,11 @@ struct Moments {
         std::fill(sum.begin(), sum.end(), 0.f);
         std::fill(squares.begin(), squares.end(), 0.f);
     }
+    void put(int64_t c, vec p, vec s, vec q) {
+        store(&pivot[c], p);
+        store(&sum[c], s);
+        store(&squares[c], q);
+    }
     void add(int64_t c, vec p, vec s, vec q) {
         store(&pivot[c], p);
         store(&sum[c], load(&sum[c]) + s);
@@ -151,6 +165,22 @@ struct Moments {
 """
 
 NORMALISATION = r"""
+// Moments of V vectors of channels from i on, over `count` pixels.
+template <int V> static inline void measure(Moments& m, const T* x, int64_t i, int64_t c, int64_t count, int lanes) {
+    vec pivot[V], sum[V] = {}, squares[V] = {};
+    for (int v = 0; v < V; v++) pivot[v] = load(x + i + v * L, lanes);
+    for (int64_t p = 0; p < count; p++)
+        for (int v = 0; v < V; v++) {
+            const vec d = load(x + p * c + i + v * L, lanes) - pivot[v];
+            sum[v] += d;
+            squares[v] += d * d;
+        }
+    for (int v = 0; v < V; v++) m.put(i + v * L, pivot[v], sum[v], squares[v]);
+}
+
+// Rows of an image in a run: float32 sums of many more pixels would round.
+static int64_t rows_of_run(int64_t h, int64_t w) { return std::max<int64_t>(1, std::min<int64_t>(h, 64 / w)); }
+
 // stats [N, ceil(H / rows), 2, C] of x: mean and centred sum of squares over each run of `rows` rows.
 static void statistics(float* stats, const T* x, int64_t n, int64_t h, int64_t w, int64_t c, int64_t rows,
                        int threads) {
@@ -160,15 +190,9 @@ static void statistics(float* stats, const T* x, int64_t n, int64_t h, int64_t w
         for (int64_t item = first; item < last; item++) {
             const int64_t image = item / parts, top = item % parts * rows, count = std::min(rows, h - top) * w;
             const T* start = x + (image * h + top) * w * c;
-            moments.start();
-            for (int64_t p = 0; p < count; p++)
-                for (int64_t i = 0; i < c; i += L) {
-                    const vec value = load(start + p * c + i, (int)std::min<int64_t>(L, c - i));
-                    if (p == 0) store(&moments.pivot[i], value);
-                    const vec d = value - load(&moments.pivot[i]);
-                    store(&moments.sum[i], load(&moments.sum[i]) + d);
-                    store(&moments.squares[i], load(&moments.squares[i]) + d * d);
-                }
+            int64_t i = 0;
+            for (; i + 4 * L <= c; i += 4 * L) measure<4>(moments, start, i, c, count, L);
+            for (; i < c; i += L) measure<1>(moments, start, i, c, count, (int)std::min<int64_t>(L, c - i));
             moments.finish(stats + item * 2 * c, c, (double)count);
         }
     });
@@ -246,5 +270,11 @@ template <int ACT> static void materialise(T* y, const Map& m, const T* residual
             }
         }
     });
+}
+
+static void norm_apply_act(T* y, const Map& m, int act, const T* residual, int threads) {
+    if (act == RAW) materialise<RAW>(y, m, residual, threads);
+    else if (act == AFFINE) materialise<AFFINE>(y, m, residual, threads);
+    else materialise<AFFINE_SILU>(y, m, residual, threads);
 }
 """

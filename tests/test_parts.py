@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_fast import ops
+from ddpm_fast.kernels.reference import Shortcut
 from ddpm_fast.ops.buffers import Fresh
 from ddpm_fast.ops.parts import ALL, cut
 
@@ -84,7 +85,7 @@ def pair(memory: Fresh, dtype: torch.dtype, device: torch.device, n: int, measur
     gain, shift = fresh((48,), F32, device, seed=7), fresh((48,), F32, device, seed=8)
     h = o.norm_act(x, gain, shift, 6, 1e-6, skip=skip)
     rows, row = fresh((3, 16), F32, device, seed=9), torch.tensor([1], dtype=torch.int32, device=device)
-    around = ops._reference.Shortcut(x, skip, w[3], shift[:16])
+    around = Shortcut(x, skip, w[3], shift[:16])
     y = o.conv(h, w[2], gain[:16], time=rows, row=row, residual=residual, shortcut=around, scale=0.7, with_stats=True)
     return y.data, y.stats
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_bench, cli_convert, cli_engine, cli_evaluate, cli_export, cli_profile, cli_sample
+from ._version import __version__
 from .cli_options import Device, Preset, Settings, Source, assignments, chosen_device
 
 # Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
@@ -21,8 +22,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Denoising diffusion (DDPM), exact and fast: sample, train, inspect.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ddpm-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Denoising diffusion (DDPM), exact and fast: sample, train, inspect."""
+
 
 app.command()(cli_sample.sample)
 

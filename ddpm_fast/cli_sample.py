@@ -120,7 +120,7 @@ def sample(
         raise ValueError(f"-n must be at least 1; got {n}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-    check_numbers(n, seed, first_id)
+    check_numbers(n, first_id)
     batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
         source,

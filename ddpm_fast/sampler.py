@@ -174,7 +174,7 @@ class Sampler:
         RuntimeError names the ids and steps of those that are still not finite. Without check_finite they are
         returned as they are, and the end of the call does not wait for the device.
         """
-        check_numbers(n, seed, first_id)
+        check_numbers(n, first_id)
         if interval is None:
             each_step = callback is not None or self.device.type == "cpu"
             interval = 1 if each_step else max(1, len(self.table) // 50)

@@ -200,6 +200,9 @@ def test_long_and_negative_seeds_and_far_ids():
     far = sampler.sample(2, seed=5, first_id=2**33 - 1)
     assert torch.equal(far[1:], sampler.sample(1, seed=5, first_id=2**33))
     assert not torch.equal(far[1:], base)  # the id's high word counts
+    sampler.sample(1, first_id=2**63 - 1)  # the last there is
+    with pytest.raises(ValueError, match="must fit in 64 bits; got first_id=9223372036854775807 and n=2"):
+        sampler.sample(2, first_id=2**63 - 1)
 
 
 def test_the_same_seed_twice_and_other_seeds():

@@ -15,7 +15,7 @@ from .noise import NoiseSource, Philox, TorchNoise
 
 
 def check_numbers(n: int, first_id: int) -> None:
-    """ValueError unless there can be n images from this id on, each id in 64 bits. (Of a seed the low 64 bits count.)"""
+    """ValueError unless there can be n images from this id on, each id in 64 bits; of a seed the low 64 bits count."""
     if n < 0:
         raise ValueError(f"n must be 0 or more; got {n}")
     if not -(2**63) <= first_id <= 2**63 - n:

@@ -40,6 +40,12 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "ema_decay", "label_dropout"):
+            _require(_is_number(getattr(self, name)), name, "a number", getattr(self, name))
+        _require(self.grad_clip is None or _is_number(self.grad_clip), "grad_clip", "a number or None", self.grad_clip)
+        _require(isinstance(self.flip, bool), "flip", "true or false", self.flip)
+        two = isinstance(self.betas, (list, tuple)) and all(map(_is_number, self.betas))
+        _require(two, "betas", "two in [0, 1)", self.betas)
         object.__setattr__(self, "betas", tuple(self.betas))
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
@@ -58,6 +64,10 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (a tuple becomes a list), for JSON and checkpoints."""
         return {**asdict(self), "betas": list(self.betas)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _WHOLE_NUMBERS = {

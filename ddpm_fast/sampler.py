@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
-from .engine.call import Call, Shown, padded, strides
+from .engine.call import Call, Shown, check_numbers, padded, strides
 from .engine.choose_ops import choose_ops
 from .engine.nonfinite import FirstFaults, Unchanged, finite_images, repair
 from .engine.prepared import prepare
@@ -92,6 +92,9 @@ class Sampler:
         self.image_shape = image_shape or _image_shape(model)
         batch = batch_size if isinstance(batch_size, int) else None
         self.ops, self.ops_reason = choose_ops(ops, self.device, model, dtype, self.image_shape, batch, len(self.table))
+        if isinstance(model, UNet):  # now, not when a set of images has been begun
+            model.check_input(torch.empty(1, *self.image_shape, device="meta"))
+        _expect_device(self.ops, self.device)
         if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
         self.model: Any = self._prepared(model, dtype)
@@ -126,7 +129,10 @@ class Sampler:
         """``labels`` as `sample` takes them, one an image. ValueError for what the model does not take."""
         if labels is None:
             if self.num_classes is not None:
-                raise ValueError(f"this model has {self.num_classes} classes: pass labels (an int, or one an image)")
+                raise ValueError(
+                    f"this model has {self.num_classes} classes: pass labels (an int, or one an image; on the command "
+                    "line, --label)"
+                )
             return None
         labels = torch.as_tensor(labels, device=self.device)
         if labels.ndim == 0:
@@ -139,7 +145,8 @@ class Sampler:
             classes = self.num_classes
             low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
             if classes is not None and not 0 <= low <= high < classes:
-                raise ValueError(f"labels must be in 0..{classes - 1}; got {low}..{high}")
+                got = f"{low}..{high}" if low < high else low
+                raise ValueError(f"labels must be in 0..{classes - 1}; got {got}")
         return labels
 
     @torch.inference_mode()
@@ -166,8 +173,7 @@ class Sampler:
         RuntimeError names the ids and steps of those that are still not finite. Without check_finite they are
         returned as they are, and the end of the call does not wait for the device.
         """
-        if n < 0:
-            raise ValueError(f"n must be 0 or more; got {n}")
+        check_numbers(n, first_id)
         if interval is None:
             each_step = callback is not None or self.device.type == "cpu"
             interval = 1 if each_step else max(1, len(self.table) // 50)
@@ -324,6 +330,14 @@ def _device_of(model: object) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return torch.device("cpu") if first is None else first.device
+
+
+def _expect_device(ops: Ops, device: torch.device) -> None:
+    """The kernels' own complaint about a device that they cannot run on."""
+    if ops.name == "triton":
+        from .kernels import conv_kernel, launch
+
+        launch.require(conv_kernel.conv_kernel, torch.empty(0, device=device))
 
 
 def _image_shape(model: object) -> tuple[int, int, int]:

@@ -159,7 +159,7 @@ def verify(
     options: dict[str, Any] = {"steps": steps, "dtype": dtype, "device": device, "ops": ops}
     with _full_float32():
         sampler = Sampler(model, schedule, batch_size=n, graph="none", **options)
-        labels = _labels(model, n, label, device)
+        labels = _labels(sampler, model, n, label)
         chains = _Chains(model, sampler, n, seed, labels)
         judged, final = chains.run(_spread(len(sampler.table), probes))
         exact = {}
@@ -310,15 +310,13 @@ def _spread(total: int, wanted: int | None) -> list[int]:
     return [total - 1] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def _labels(model: UNet, n: int, label: int | None, device: torch.device) -> Tensor | None:
-    if model.class_embedding is None:
-        if label is not None:
-            raise ValueError("this model has no classes, so it takes no label")
-        return None
-    if model.config.class_embed_type == "identity":
+def _labels(sampler: Sampler, model: UNet, n: int, label: int | None) -> Tensor | None:
+    if model.class_embedding is not None and model.config.class_embed_type == "identity":
         raise ValueError("verify has no labels for a model that takes class embeddings themselves")
+    if label is not None or model.class_embedding is None:
+        return sampler.checked_labels(label, n)
     classes = model.config.num_class_embeds or model.config.num_train_timesteps or 1000
-    return torch.arange(n, device=device) % classes if label is None else torch.full((n,), label, device=device)
+    return torch.arange(n, device=sampler.device) % classes
 
 
 @contextmanager

@@ -177,6 +177,10 @@ def test_doctor(run: Run):
     assert facts["findings"]
 
 
+def test_version(run: Run):
+    assert run("--version") == (0, f"ddpm-fast {df.__version__}\n", "")
+
+
 def test_help(run: Run):
     for words in ((), ("--help",), ("sample", "--help")):
         code, out, err = run(*words)
@@ -207,7 +211,15 @@ def test_help(run: Run):
         (("sample", "CKPT", "--batch-size", 0), "batch_size must be a positive integer or 'auto'; got 0"),
         (("sample", "CKPT", "--label", 1), "this model has no classes, so it takes no labels"),
         (("sample", "CLASSES"), "this model has 3 classes: pass labels"),
-        (("sample", "CLASSES", "--label", 3), "labels must be in 0..2; got 3..3"),
+        (("sample", "CLASSES", "--label", 3), "labels must be in 0..2; got 3\n"),
+        (("sample", "CKPT", "--first-id", 2**63 - 1, "-n", 2), "must fit in 64 bits; got first_id=9223372036854775807"),
+        (("sample", "CKPT", "--set", "sample_size=7", "--out", "set", "--store"), "multiples of 2; got 7x7"),
+        (("sample", "CKPT", "--film", "a.png", "--out", "./a.png"), "--film and --out must be two files; got a.png"),
+        (("verify", "CLASSES", "--label", 3), "labels must be in 0..2; got 3\n"),
+        (("verify", "CLASSES", "--label", -1), "labels must be in 0..2; got -1\n"),
+        (("profile", "CKPT", "--seconds", "nan"), "--seconds must be above 0, and finite; got nan"),
+        (("profile", "CKPT", "--seconds", "inf"), "--seconds must be above 0, and finite; got inf"),
+        (("profile", "CKPT", "--html", "a", "--trace", "./a"), "--html, --json and --trace must be different files"),
         (("sample", "CKPT", "--set", "norm_eps"), "--set takes NAME=VALUE; got 'norm_eps'"),
         (("sample", "CKPT", "--set", "colour=red"), "colour"),
         (("sample", "CKPT", "--preset", "nonsense"), "nonsense"),
@@ -219,6 +231,19 @@ def test_help(run: Run):
             "no setting is called 'lerning_rate'",
         ),
         (("train", "avatars:pixel-art:2", "--preset", "huge", "--out", "run"), "huge"),
+        (("train", "avatars:pixel-art:2", "--image-size", 0), "image_size must be a positive number of pixels; got 0"),
+        (("train", "avatars:pixel-art:2", "--set", "lr=fast"), "TrainConfig.lr must be a number; got 'fast'"),
+        (("train", "avatars:pixel-art:2", "--set", "betas=0.9"), "TrainConfig.betas must be two in [0, 1); got 0.9"),
+        (("train", "avatars:pixel-art:2", "--set", "flip=maybe"), "TrainConfig.flip must be true or false"),
+        (
+            ("train", "avatars:pixel-art:2", "--out", "CKPT/unet/config.json"),
+            "cannot be a folder: a file is in its way",
+        ),
+        (
+            ("evaluate", "a.npz", "--against", "b.npz", "--log", "CKPT/unet/config.json/log"),
+            "config.json cannot be a folder: a file is in its way",
+        ),
+        (("evaluate", "a.npz", "--against", "b.npz", "--log", "CKPT"), "is a folder; give a file"),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(

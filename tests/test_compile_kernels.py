@@ -131,6 +131,48 @@ def test_every_kernel_can_be_resident(convolutions: list[dict[str, Any]], elemen
     assert all(r["occupancy"] >= 0.25 for r in elementwise)
 
 
+ROWS = """
+import json, torch
+from benchmarks import aot, sass
+from ddpm_fast import ops
+from ddpm_fast.ops.buffers import Fresh
+
+class InTwo(Fresh):
+    def parts(self, shape):
+        return 2
+
+def empty(*shape, dtype=torch.float32):
+    layout = torch.channels_last if len(shape) == 4 and dtype == torch.bfloat16 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+def lower(kernel, values):
+    return values.get("HW") == 17 * 32 or (values.get("H"), values.get("TOP")) == (17, 0)
+
+with torch.no_grad(), aot.compiling(90, lower) as found:
+    o = ops.triton().placed(InTwo())
+    image = o.enter(empty(1, 384, 32, 32, dtype=torch.bfloat16))
+    x = o.conv(image, empty(384, 384, 1, 1, dtype=torch.bfloat16), with_stats=True)
+    h = o.norm_act(x, empty(384), empty(384), 32, 1e-6)
+    o.conv(h, empty(128, 384, 3, 3, dtype=torch.bfloat16), time=empty(1, 128), with_stats=True)
+kernels = {c.kernel: sass.read(c.binary.asm["cubin"], c.binary.asm["ptx"], 90) for c in found}
+print(json.dumps({name: [b.spills, b.matrix, b.bulk_loads] for name, b in kernels.items()}))
+"""
+
+
+def test_rows_of_one_image_compile_as_whole_images_do(tmp_path: Path):
+    """The lower half of 32 rows, and the one above it: 17 by 32 pixels. Bulk copies, wgmma, no spills."""
+    script = tmp_path / "rows.py"
+    script.write_text(ROWS)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert kernels.keys() == {"conv_kernel", "_norm_apply_kernel"}
+    assert [spills for spills, _, _ in kernels.values()] == [0, 0]
+    _, matrix, bulk_loads = kernels["conv_kernel"]
+    assert matrix.keys() == {"HGMMA"} and bulk_loads > 0
+
+
 # --- the reader itself, on what is known ---
 
 

@@ -373,6 +373,11 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model"
 
 
+def test_a_short_chain_is_timed_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    code, out, _ = run(monkeypatch, capsys, saved, "--batch", 1, "--device", "cpu", "--ops", "reference")
+    assert code == 0 and "12 of 12 steps timed" in out
+
+
 def test_roofs_are_measured_anew_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     asked: list[bool] = []
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._version import __version__
 from . import bench, convert, engine, evaluate, export, profile, sample
 from .options import Device, Preset, Settings, Source, assignments, chosen_device
 
@@ -21,8 +22,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Denoising diffusion (DDPM), exact and fast: sample, train, inspect.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ddpm-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Denoising diffusion (DDPM), exact and fast: sample, train, inspect."""
+
 
 app.command()(sample.sample)
 

@@ -17,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 def verify(
     source: Source = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
-    ops: Annotated[str, typer.Option(help="auto, reference, cpu or triton: the operations under test.")] = "auto",
+    ops: Annotated[str, typer.Option(help="auto, reference, cpu, winograd or triton: what is tested.")] = "auto",
     device: Device = None,
     n: Annotated[int, typer.Option("-n", help="Images drawn together.")] = 4,
     seed: Annotated[int, typer.Option(help="Of their noise.")] = 0,

@@ -44,6 +44,7 @@ def evaluate(
 ) -> None:
     """Frechet distance and KID of samples against images; or with --pair whether two sets differ."""
     from ..evaluation.features import extractor
+    from ..whole_files import make_folder
 
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
@@ -51,6 +52,10 @@ def evaluate(
         raise ValueError("give either SAMPLES with --against DATA, or --pair A B")
     if pair is None and against is None:
         raise ValueError("SAMPLES need --against DATA: the images that they should look like")
+    if log is not None:  # now, not when everything has been measured
+        if log.is_dir():
+            raise ValueError(f"--log {log} is a folder; give a file")
+        make_folder(log.parent)
     chosen = extractor(features, chosen_device(device), weights)
     progress = not as_json
     if pair is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ from .options import Device, Preset, Settings, Source, assignments, chosen_devic
 def profile(
     source: Source = None,
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 4,
-    steps: Annotated[int, typer.Option(help="Timed, of the model's chain.")] = 20,
+    steps: Annotated[int | None, typer.Option(help="Timed, of the model's chain. Default: 20, or all.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
     ops: Annotated[str, typer.Option(help="A set of operations: auto, reference, triton, cpu or winograd.")] = "auto",
     device: Device = None,
@@ -39,9 +40,12 @@ def profile(
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-    if seconds <= 0:
-        raise ValueError(f"--seconds must be above 0; got {seconds}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds must be above 0, and finite; got {seconds}")
     wanted = ((html, report.write_html), (json_file, report.write_json), (trace, report.write_trace))
+    files = [path.resolve() for path, _ in wanted if path is not None]
+    if len(set(files)) < len(files):
+        raise ValueError(f"--html, --json and --trace must be different files; got {', '.join(map(str, files))}")
     for path, _ in wanted:
         if path is not None:  # now, not when everything has been measured
             if path.is_dir():

@@ -113,12 +113,14 @@ def sample(
     any machines that share the folder. ddpm-fast export makes an .npz, PNGs or a .tar of it.
     """
     from ..distributed import of_environment, own_device
+    from ..engine.call import check_numbers
     from ..sampler import DTYPES
 
     if n < 1:
         raise ValueError(f"-n must be at least 1; got {n}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+    check_numbers(n, first_id)
     batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
         source,
@@ -190,7 +192,9 @@ def _fill(drawing: Drawing, out: Path, shard_size: int | None, verify: bool, dev
             fill(store, sampler, world, progress=world.first)
             whole = True
             if world.first:
-                print(f"{drawing.n} image{'s' * (drawing.n != 1)} in {out}: {len(store)} shards, all finished")
+                images, shards = drawing.n, len(store)
+                parts = f"{shards} shard{'s' * (shards != 1)}"
+                print(f"{images} image{'s' * (images != 1)} in {out}: {parts}, all finished")
     except OtherProcessFailed:
         raise SystemExit(2) from None  # the other one says why
     except RuntimeError:
@@ -296,6 +300,8 @@ def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.devi
 
     if film is not None and film.suffix.lower() not in (".png", ".gif"):
         raise ValueError(f"--film must end in .png or .gif; got {film}")
+    if film is not None and film.resolve() == out.resolve():
+        raise ValueError(f"--film and --out must be two files; got {film} for both")
     for path in (out, film):
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)

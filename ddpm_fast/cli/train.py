@@ -16,6 +16,7 @@ from ..presets import TrainConfig
 from ..presets import preset as preset_by_name
 from ..schedule import Schedule
 from ..training import train
+from ..whole_files import make_folder
 
 
 def run(
@@ -39,6 +40,7 @@ def run(
             prepared = world.together(
                 lambda: _prepare(data, preset_name, image_size, label_dropout, unconditional, strict, overrides)
             )
+            world.together(lambda: make_folder(out))
             result = train(prepared[0], out, *prepared[1:], where)
     except distributed.OtherProcessFailed:
         raise SystemExit(2) from None
@@ -66,7 +68,8 @@ def _prepare(
     if not source:
         raise ValueError(f"preset {preset_name} brings no images of its own: name a folder, an .npz or a .tar of them")
     channels = parts[UNetConfig].get("in_channels", 3)
-    images = load_data(source, image_size or preset.image_size, channels=channels, strict=strict)
+    size = preset.image_size if image_size is None else image_size
+    images = load_data(source, size, channels=channels, strict=strict)
     if unconditional:
         images = replace(images, labels=None, label_names=None)
     if config.label_dropout and not images.num_classes:

@@ -14,6 +14,14 @@ from torch import Tensor
 from ..noise import NoiseSource, Philox, TorchNoise
 
 
+def check_numbers(n: int, first_id: int) -> None:
+    """ValueError unless there can be n images from this id on, each id in 64 bits; of a seed the low 64 bits count."""
+    if n < 0:
+        raise ValueError(f"n must be 0 or more; got {n}")
+    if not -(2**63) <= first_id <= 2**63 - n:
+        raise ValueError(f"ids first_id .. first_id + n - 1 must fit in 64 bits; got first_id={first_id} and n={n}")
+
+
 @dataclass
 class Call:
     """The seed, the ids, the labels and the noise of ``n`` images.

@@ -12,10 +12,11 @@ from ..ops import Ops, compiled, winograd_set
 from ..unet import Attention, UNet
 
 NAMES = ("auto", "reference", "cpu", "winograd", "triton")
-# Work of a thread, in FLOPs of direct convolutions, from which compiling the transforms pays. That takes about 4 s, a
-# thread with AVX-512 does some 1e11 FLOP/s, and half of them are saved with wide layers, an eighth with narrow ones.
+# Work of a thread, in FLOPs of direct convolutions, from which compiling the transforms pays. That takes about 2 s more
+# than `cpu` needs; with AVX-512 a thread does 3e10 to 1e11 FLOP/s by `cpu`, of whose time winograd saves a fifth with
+# narrow layers, half with wide ones.
 # Whether the transforms are cached is not asked: a set of images is resumed by the operations that began it.
-LONG_RUN = 3e12
+LONG_RUN = 1e12
 
 
 def choose_ops(

@@ -29,6 +29,7 @@ from .nvml import Series, Watch
 from .probe import Clock, Probe, Step, clock_for
 from .run import Run, measure, watched_run, with_ops
 
+STEPS = 20
 WATCH_S = 4.0  # NVML's averages are over up to a second
 BUSY = 0.9  # a sum of medians below this share of the median of sums is worth a note
 
@@ -184,7 +185,7 @@ def profile(
     schedule: Schedule,
     *,
     batch_size: int = 4,
-    steps: int = 20,  # timed, of the whole chain
+    steps: int | None = None,  # timed, of the whole chain; None: STEPS, or all where there are fewer
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     ops: Any = "auto",  # as `Sampler` takes it
@@ -201,6 +202,7 @@ def profile(
         model, schedule, batch_size, dtype=dtype, device=device, ops=ops, graph=graph, image_shape=image_shape
     )
     chain, where = len(sampler.table), sampler.device
+    steps = min(STEPS, chain) if steps is None else steps
     if not 1 <= steps <= chain:
         raise ValueError(f"steps must be in 1..{chain}, the steps of the chain; got {steps}")
     labels = _labels(model, batch_size)

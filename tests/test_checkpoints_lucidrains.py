@@ -415,6 +415,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     net = Net(self_condition=True)
     path = stored(tmp_path, trainer_file(net, Diffusion(betas("sigmoid", 5), "pred_v"), gain=0.4))
     monkeypatch.chdir(tmp_path)
+    made_up = Roofs("made up", "float32", 1, torch.__version__, 4e6, 2e6, 8e6)
+    monkeypatch.setattr("ddpm_fast.roofline.roofs", lambda device, dtype, refresh=False: made_up)
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["ddpm-fast", *map(str, words)])
@@ -434,6 +436,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("profile", path, "--device", "cpu"), "--set image_size=N"),
         (("convert", path, "out"), "is a lucidrains network, which diffusers has not"),
         (("convert", path, "out.pt", "--to", "openai"), "is a lucidrains network, which openai has not"),
+        (("bench", path, *size, "--device", "cpu", "--dtype", "float32"), "is a lucidrains network, which is none"),
         (("inspect", path, "--preset", "latest"), "the version of denoising-diffusion-pytorch that trained it"),
     ):
         code, text = run(*words)

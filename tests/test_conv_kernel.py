@@ -206,6 +206,7 @@ CASES = [
     Case(3, (32,), (4, 4), 32, size=1, residual=True),  # projection
     Case(2, (10, 6), (5, 3), 8, size=1, bias=False, shortcut=(7,)),
     Case(1, (16,), (5, 5), 16, size=7),
+    Case(1, (16,), (4, 8), 16, size=4, stride=2, padding=(1, 1), packed=True),
 ]
 
 

@@ -177,6 +177,17 @@ def test_what_has_no_kernel_falls_back_call_by_call(device: torch.device):
     assert names["norm"] == 4 + 1, "four attentions normalise without an activation; conv_norm_out has SiLU always"
 
 
+def test_a_7x7_convolution_is_one_launch(device: torch.device):
+    """lucidrains' first: its image lies padded to 16 channels, and three pixels of zeros around it."""
+    fused, dtype = ops.triton(), torch.bfloat16
+    x, weight = fresh((2, 3, 8, 8), dtype, device, seed=51), fresh((16, 3, 7, 7), dtype, device, seed=52, std=0.1)
+    assert fused.falls_back("conv", {"x": x, "weight": weight}) is None
+    with launches() as log:
+        y = fused.leave(fused.conv(fused.enter(x), fused.pack_conv(weight, dtype=dtype, channels=(16,))))
+    assert len(log) == 1
+    check(y, reference.conv(x, weight), reference.conv(x.double(), weight.double()))
+
+
 def test_float64_falls_back_to_the_reference(device: torch.device):
     """Up to the order of float64 sums, which follows the memory format."""
     model = network().to(device)

@@ -130,8 +130,6 @@ def falls_back(operation: str, arguments: Mapping[str, Any]) -> str | None:
         return "FIR resampling has no kernel"
     if operation == "norm_act" and arguments["act"] not in ("silu", "swish", "none"):
         return f"norm_act has no kernel with {arguments['act']}"
-    if operation == "conv" and weight_shape(arguments["weight"])[2] not in (1, 3):
-        return "conv has kernels for 3x3 and 1x1 only"
     return None
 
 

@@ -141,7 +141,7 @@ class Judge:
 
 
 def allowances(dtype: torch.dtype, largest: float, rms: float, times: float = 2.0) -> tuple[float, float]:
-    """(largest, RMS) that an error may have, where torch in the same dtype has these; an infinite one allows nothing."""
+    """(largest, RMS) that an error may have, where torch in the same dtype has these; infinite ones allow none."""
     floors = FLOAT32_LIMITS if dtype == torch.float32 else (0.0, 0.0)
     largest, rms = (times * e if math.isfinite(e) else 0.0 for e in (largest, rms))
     return max(largest + FLOOR, floors[0]), max(rms + FLOOR, floors[1])

@@ -110,7 +110,7 @@ def conv(
     out_channels: int,  # K
     dtype: torch.dtype,
     *,
-    kernel: int = 3,  # 3 or 1
+    kernel: int = 3,  # of k x k taps
     skip_channels: int = 0,
     stride: int = 1,
     padding: tuple[int, ...] | None = None,  # as reference.conv takes it
@@ -122,7 +122,7 @@ def conv(
     parts: int = 0,  # P of the statistics written with the result; 0: none
     form: str = "fused",
 ) -> Cost:
-    """One 3x3 or 1x1 convolution with its epilogue: inputs, weights and residual in, result and statistics out.
+    """One convolution with its epilogue: inputs, weights and residual in, result and statistics out.
 
     Fused: an image of fewer than CHANNEL_PAD channels (conv_in's) lies padded to that many, and is read so.
     Plain: concatenation, uneven padding, convolution, then bias, time row, shortcut (a second convolution, that

@@ -16,11 +16,12 @@ from models import TINY, normal, unet
 import ddpm_fast as df
 from ddpm_fast import ops
 from ddpm_fast.benchmarking import providers, run, startup, text
-from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, Judge, full_float32
+from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, FLOAT32_LIMITS, Judge, allowances, full_float32
 from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.cli import bench as cli_bench
 from ddpm_fast.roofline import Roofs
+from ddpm_fast.verification import FLOOR
 
 CPU = torch.device("cpu")
 SCHEDULE = df.Schedule(num_train_timesteps=20)
@@ -350,3 +351,10 @@ def test_a_network_without_a_file_has_random_weights_that_are_always_the_same() 
     assert a.source == "tiny (random weights)" and a.model.config.sample_size == 8
     x = normal(1, 3, 8, 8)
     assert torch.equal(a.model(x, 3), b.model(x, 3)) and float(a.model(x, 3).detach().abs().max()) > 0
+
+
+def test_what_torch_overflows_allows_nobody_more():
+    inf = float("inf")
+    largest, rms = allowances(torch.float16, inf, 1e-3)
+    assert largest == FLOOR and rms == pytest.approx(2e-3 + FLOOR)
+    assert allowances(torch.float32, inf, inf) == FLOAT32_LIMITS

@@ -141,9 +141,10 @@ class Judge:
 
 
 def allowances(dtype: torch.dtype, largest: float, rms: float, times: float = 2.0) -> tuple[float, float]:
-    """(largest, RMS) that an error may have, where torch in the same dtype has these."""
+    """(largest, RMS) that an error may have, where torch in the same dtype has these; infinite ones allow none."""
     floors = FLOAT32_LIMITS if dtype == torch.float32 else (0.0, 0.0)
-    return max(times * largest + FLOOR, floors[0]), max(times * rms + FLOOR, floors[1])
+    largest, rms = (times * e if math.isfinite(e) else 0.0 for e in (largest, rms))
+    return max(largest + FLOOR, floors[0]), max(rms + FLOOR, floors[1])
 
 
 def _worst(errors: list[Error]) -> tuple[float, float]:

@@ -59,20 +59,8 @@ def run(
     """
     chain = checkpoint.schedule.num_train_timesteps
     steps = chain if settings.steps is None else min(settings.steps, chain)
-    if not isinstance(checkpoint.model, UNet):
-        raise ValueError(
-            f"bench compares runtimes of diffusers' U-Net; {checkpoint.source} is a {checkpoint.family} network, which "
-            "is none; ddpm-fast sample and verify take it"
-        )
-    if checkpoint.schedule.method != "ddpm":
-        raise ValueError(
-            f"bench times DDPM chains (Algorithm 2); what draws from {checkpoint.source} is "
-            f"{checkpoint.schedule.method.upper()}; --set method=ddpm times its network in a DDPM chain"
-        )
-    size = checkpoint.model.config.image_size
-    if size is None:
-        raise ValueError("the model does not state its image size; give it as sample_size")
-    cost = model_cost(checkpoint.model, *size)
+    model, size = fitting(checkpoint)
+    cost = model_cost(model, *size)
     found: dict[str, Any] = {
         "environment": environment(settings.device),
         "source": checkpoint.source,
@@ -89,7 +77,7 @@ def run(
         if settings.startups:
             settings = _with_weights_on_disk(checkpoint, settings, Path(folder), say)
         for batch in settings.batches:
-            case = Case(checkpoint.model, checkpoint.schedule, batch, steps, settings.device)
+            case = Case(model, checkpoint.schedule, batch, steps, settings.device)
             rows = _Batch(case, settings, Path(folder), say).rows(providers)
             for row in rows:
                 if "ms_a_step" in row:
@@ -98,6 +86,24 @@ def run(
             gc.collect()
     found["environment"]["load_average_after"] = load_average()
     return found
+
+
+def fitting(checkpoint: Checkpoint) -> tuple[UNet, tuple[int, int]]:
+    """The network of a checkpoint that `run` can time, and its (height, width); ValueError for any other."""
+    if not isinstance(checkpoint.model, UNet):
+        raise ValueError(
+            f"bench compares runtimes of diffusers' U-Net; {checkpoint.source} is a {checkpoint.family} network, which "
+            "is none; ddpm-fast sample and verify take it"
+        )
+    if checkpoint.schedule.method != "ddpm":
+        raise ValueError(
+            f"bench times DDPM chains (Algorithm 2); what draws from {checkpoint.source} is "
+            f"{checkpoint.schedule.method.upper()}; --set method=ddpm times its network in a DDPM chain"
+        )
+    size = checkpoint.model.config.image_size
+    if size is None:
+        raise ValueError("the model does not state its image size; give it as sample_size")
+    return checkpoint.model, size
 
 
 class _Batch:

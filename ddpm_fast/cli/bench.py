@@ -121,6 +121,7 @@ def bench(
         raise ValueError(f"--out must be a .json file; got {out}")
     _use(threads)
     checkpoint = _checkpoint(source, preset, assignments(settings))
+    benchmark.fitting(checkpoint)  # before the roofs, which take seconds
     roofs = [roofline.roofs(where, known.DTYPES[d]) for d in dtypes if known.DTYPES[d] in _multiplied(where)]
     print(roofline.roofs_text(roofs) + "\n")
     found = benchmark.run(

@@ -44,14 +44,12 @@ def channel_vector(ptr, c, mask, default: tl.constexpr):
 
 
 @jit
-def time_row(ptr, row_ptr, n, stride):
-    """Where a table's row for image n starts: the row that the device counter names, or its own."""
+def table_row(row_ptr, n):
+    """Which row of a table image n reads: the one that the device counter names, or its own."""
     row = n
-    if ptr is not None:
-        if row_ptr is not None:
-            row = tl.load(row_ptr).to(tl.int64)
-        ptr += row * stride
-    return ptr
+    if row_ptr is not None:
+        row = tl.load(row_ptr).to(tl.int64)
+    return row  # not a pointer that may be None: Triton 3.6 cannot return one
 
 
 @jit
@@ -145,7 +143,8 @@ def _norm_apply_kernel(
     pid = tl.program_id(0)
     n = (pid // RUNS).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    shift_ptr = time_row(bias_row_ptr, row_ptr, n, bias_row_n)
+    if bias_row_ptr is not None:
+        bias_row_ptr += table_row(row_ptr, n) * bias_row_n
 
     first = tl.program_id(1) * BLOCK_C // CG
     group = first + tl.arange(0, NG)
@@ -155,7 +154,7 @@ def _norm_apply_kernel(
     if skip_stats_ptr is not None:
         skip_stats_ptr += n * SKIP_PARTS * 3 * C2
     group_mean, group_rstd = merge_groups(
-        stats_ptr + n * PARTS * 3 * C1, skip_stats_ptr, channel_vector(shift_ptr, member, inside, 0.0),
+        stats_ptr + n * PARTS * 3 * C1, skip_stats_ptr, channel_vector(bias_row_ptr, member, inside, 0.0),
         member, inside, eps, C1, C2, PARTS, SKIP_PARTS, PB,
     )  # fmt: skip
     if CG == CGP and NG * CGP == BLOCK_C:
@@ -172,13 +171,14 @@ def _norm_apply_kernel(
         skip_ptr += n * skip_n
     if residual_ptr is not None:
         residual_ptr += n * residual_n
-    scale_shift_ptr = time_row(scale_shift_ptr, row_ptr, n, scale_shift_n)
+    if scale_shift_ptr is not None:
+        scale_shift_ptr += table_row(row_ptr, n) * scale_shift_n
     for t in range(TILES):
         p = pid % RUNS * RUN + t * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = (p < HW)[:, None] & (c < C)[None, :]
         h = load_pair(x_ptr, skip_ptr, p, c, mask, C1, x_p, skip_p)
         store_activated(
-            h, mean, rstd, n, p, c, mask, weight_ptr, bias_ptr, shift_ptr, scale_shift_ptr, residual_ptr, y_ptr,
+            h, mean, rstd, n, p, c, mask, weight_ptr, bias_ptr, bias_row_ptr, scale_shift_ptr, residual_ptr, y_ptr,
             residual_p, y_p, C, SILU,
         )  # fmt: skip
 
@@ -204,13 +204,14 @@ def _norm_tile_kernel(
     p = tl.arange(0, BLOCK_P)
     mask = (p < HW)[:, None] & valid[None, :]
 
-    shift_ptr = time_row(bias_row_ptr, row_ptr, n, bias_row_n)
+    if bias_row_ptr is not None:
+        bias_row_ptr += table_row(row_ptr, n) * bias_row_n
     if skip_ptr is not None:
         skip_ptr += n * skip_n
     if residual_ptr is not None:
         residual_ptr += n * residual_n
     h = load_pair(x_ptr + n * x_n, skip_ptr, p, c, mask, C1, x_p, skip_p)
-    shifted = tl.where(mask, h + channel_vector(shift_ptr, c, valid, 0.0)[None, :], 0.0)
+    shifted = tl.where(mask, h + channel_vector(bias_row_ptr, c, valid, 0.0)[None, :], 0.0)
     size: tl.constexpr = HW * CG
     mean = tl.sum(tl.reshape(tl.sum(shifted, axis=0), (NG, CGP)), axis=1) / size
     mean = tl.reshape(tl.broadcast_to(mean[:, None], (NG, CGP)), (NG * CGP,))
@@ -220,10 +221,11 @@ def _norm_tile_kernel(
     rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
     mean += tl.reshape(tl.broadcast_to(left[:, None], (NG, CGP)), (NG * CGP,))
     rstd = tl.reshape(tl.broadcast_to(rstd[:, None], (NG, CGP)), (NG * CGP,))
+    if scale_shift_ptr is not None:
+        scale_shift_ptr += table_row(row_ptr, n) * scale_shift_n
     store_activated(
-        h, mean, rstd, n, p, c, mask, weight_ptr, bias_ptr, shift_ptr,
-        time_row(scale_shift_ptr, row_ptr, n, scale_shift_n), residual_ptr, y_ptr + n * y_n,
-        residual_p, y_p, C, SILU,
+        h, mean, rstd, n, p, c, mask, weight_ptr, bias_ptr, bias_row_ptr, scale_shift_ptr, residual_ptr,
+        y_ptr + n * y_n, residual_p, y_p, C, SILU,
     )  # fmt: skip
 
 

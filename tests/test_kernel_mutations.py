@@ -84,8 +84,8 @@ BUGS = [
         "bias row dropped",
         "norm_act",
         "norm_act.py",
-        "h + channel_vector(shift_ptr, c, valid, 0.0)",
-        "h + 0.0 * channel_vector(shift_ptr, c, valid, 0.0)",
+        "h + channel_vector(bias_row_ptr, c, valid, 0.0)",
+        "h + 0.0 * channel_vector(bias_row_ptr, c, valid, 0.0)",
         TILE,
     ),
     Bug(

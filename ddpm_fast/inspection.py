@@ -207,8 +207,8 @@ def _lucidrains_lines(m: dict[str, Any]) -> list[str]:
 
 def diagnose() -> dict[str, Any]:
     """Versions, devices, what is accelerated here and what is missing, JSON-ready."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("ddpm-fast", "torch", "triton", "numpy", "safetensors", "huggingface_hub", "diffusers"):
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("ddpm-fast", "triton", "numpy", "safetensors", "huggingface_hub", "diffusers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

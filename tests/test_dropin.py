@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -226,8 +227,10 @@ def test_another_dtype_computes_in_it_and_leaves_the_pipeline_alone():
     half = fast(2, generators(1)[0], 20, output_type="pt").images
     full = fast.to(torch.float32)(2, generators(1)[0], 20, output_type="pt").images
     assert half.dtype == torch.float32 and fast.dtype == torch.float32
-    # float16 draws the same normals, rounded: 2^-11 of them, and of all that follows
-    assert 1e-5 < (half - full).abs().max() < 0.05
+    # Noise too is drawn in float16, which in some versions of torch is another stream than float32's.
+    theirs = copy.deepcopy(p).to(torch.float16)(2, generators(1)[0], 20, output_type="np").images
+    assert 1e-5 < worst(half.permute(0, 2, 3, 1), theirs) < 0.05
+    assert not torch.equal(half, full)
     assert fast.to("cpu") is fast and fast.device == torch.device("cpu")
     assert p.unet.dtype == torch.float32 and p.unet.training is False
     assert all(v.data_ptr() == before[k][1] and torch.equal(v, before[k][0]) for k, v in p.unet.state_dict().items())

@@ -17,7 +17,7 @@ import torch
 
 from .._version import __version__
 
-PACKAGES = ("torch", "triton", "diffusers", "openvino", "onnxruntime", "numpy")
+PACKAGES = ("triton", "diffusers", "openvino", "onnxruntime", "numpy")
 _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -91,8 +91,8 @@ def _nvml(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what takes part; None for what is not installed."""
-    found: dict[str, str | None] = {"ddpm-fast": __version__}
+    """Of what takes part; None for what is not installed. Of torch the build too, which its package does not tell."""
+    found: dict[str, str | None] = {"ddpm-fast": __version__, "torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

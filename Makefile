@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= $(BIN)/python
 KIND = $(shell $(RUN) -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')" 2>/dev/null)
 
-.PHONY: demo test check lint types kernels bench tables gpu clean
+.PHONY: demo test oldest check lint types kernels bench tables gpu clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +16,13 @@ demo: .venv/ready  ## draw 16 images with the bundled model into samples.png
 
 test: .venv/ready  ## the tests, on whatever machine this is
 	$(BIN)/python -m pytest
+
+# Without the pins of what is under test; PyTorch's default build for Linux, several GB.
+oldest:  ## the tests with the oldest torch and triton that pyproject.toml accepts
+	$(PYTHON) -m venv .venv-oldest
+	sed '/^torch==/d; /^triton==/d' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e '.[test]' torch==2.10.0 triton==3.6.0
+	.venv-oldest/bin/python -m pytest
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -47,4 +54,4 @@ gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## with a CUDA device: it
 	$(RUN) -m benchmarks.engine --dtype float32 --no-compiled --batch 16 --out benchmarks/results
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -45,14 +45,6 @@ def _direct_upsampling() -> None:
     upsample_difference.DIRECT = float("inf")
 
 
-def _fused_attention() -> None:
-    ops_cpu.SMALL_ATTENTION = 0
-
-
-def _small_pages() -> None:
-    host_memory.huge_pages_on_demand = lambda: False
-
-
 def _malloc_as_it_comes() -> None:
     host_memory.keep_freed_memory = lambda: False
 
@@ -85,12 +77,9 @@ PARTS = (
     Part("normalisation compiled", "cpu", _no_compiled_norm, {"float32": 1.04, "bfloat16": 1.08}),
     Part("weights packed once", "cpu", _no_packed_weights, {"float32": 1.05, "bfloat16": 1.10}),
     Part("upsampling by differences or summed taps", "cpu", _direct_upsampling, {"float32": 1.07, "bfloat16": 1.05}),
-    Part("attention by bmm", "cpu", _fused_attention, {"bfloat16": 1.03}),
-    Part("huge pages", "cpu", _small_pages, {"float32": 1.02, "bfloat16": 1.03}),
-    Part("freed memory kept, on huge pages", "cpu", _malloc_as_it_comes, {"float32": 1.05, "bfloat16": 1.05}),
+    Part("freed memory kept", "cpu", _malloc_as_it_comes, {"float32": 1.05, "bfloat16": 1.05}),
     Part("F(4x4, 3x3)", "winograd", _small_tiles, {"float32": 1.3}),
     Part("products as one grouped convolution", "winograd", _bmm, {"float32": 1.3, "bfloat16": 1.3}),
-    Part("huge pages", "winograd", _small_pages, {"float32": 1.05, "bfloat16": 1.05}),
 )
 
 

@@ -29,23 +29,6 @@ def upsampling_has_its_own_form() -> bool:
     return packed.form(torch.Size((4, 64, 32, 32))) != "direct"
 
 
-def attention_is_of_bmm() -> bool:
-    called = []
-    torch_own = torch.nn.functional.scaled_dot_product_attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.nn.functional,
-            "scaled_dot_product_attention",
-            lambda *a, **k: called.append(1) or torch_own(*a, **k),
-        )
-        ops_cpu.attention(torch.zeros(1, 48, 4, 4, dtype=BF16).contiguous(memory_format=torch.channels_last), 1)
-    return not called
-
-
-def huge_pages_are_asked_for() -> bool:
-    return host_memory.huge_pages_on_demand()
-
-
 def memory_is_kept() -> bool:
     return host_memory.keep_freed_memory()
 
@@ -63,9 +46,7 @@ OBSERVED = {
     "normalisation compiled": norm_is_compiled,
     "weights packed once": weights_are_packed,
     "upsampling by differences or summed taps": upsampling_has_its_own_form,
-    "attention by bmm": attention_is_of_bmm,
-    "huge pages": huge_pages_are_asked_for,
-    "freed memory kept, on huge pages": memory_is_kept,
+    "freed memory kept": memory_is_kept,
     "F(4x4, 3x3)": tiles_are_large,
     "products as one grouped convolution": products_are_one_convolution,
 }
@@ -80,8 +61,6 @@ def test_a_switch_switches_its_part_off(part: gains.Part, monkeypatch: pytest.Mo
         (ops_cpu, "compiled_norm"),
         (onednn, "WORTH"),
         (upsample_difference, "DIRECT"),
-        (ops_cpu, "SMALL_ATTENTION"),
-        (host_memory, "huge_pages_on_demand"),
         (host_memory, "keep_freed_memory"),
         (winograd.Products, "__init__"),
     ):
@@ -99,7 +78,7 @@ def test_a_gain_is_the_time_without_over_the_time_with(monkeypatch: pytest.Monke
     class Fake:
         def __init__(self, provider: Any, dtype: str, *rest: object):
             made.append((provider.name, provider.make.keywords["without"]))
-            self.ms = {"cpu": 80.0, "cpu without huge pages": 100.0}.get(provider.name, 120.0)
+            self.ms = {"cpu": 80.0, "cpu without freed memory kept": 100.0}.get(provider.name, 120.0)
 
         def turn(self) -> float:
             return self.ms
@@ -112,8 +91,21 @@ def test_a_gain_is_the_time_without_over_the_time_with(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(gains, "Worker", Fake)
     case = Case(None, None, 2, 4, torch.device("cpu"))  # type: ignore[arg-type]
-    parts = [p for p in gains.PARTS if p.operations == "cpu" and p.name in ("huge pages", "attention by bmm")]
+    parts = [p for p in gains.PARTS if p.operations == "cpu" and p.name in ("freed memory kept",)]
     rows = gains.measure(case, "float32", (2, 2), 1.0, parts)
-    assert made == [("cpu", None), ("cpu without huge pages", gains.PARTS.index(parts[-1]))], "bmm is for bfloat16"
+    assert made == [("cpu", None), ("cpu without freed memory kept", gains.PARTS.index(parts[-1]))]
     assert [r["gain"]["value"] for r in rows] == [1.25]
     assert rows[0]["ms_a_step"] == {"with": 20.0, "without": 25.0}
+    facts: dict[str, Any] = {
+        "device": "Example CPU",
+        "threads": 2,
+        "versions": {"torch": "2.13"},
+        "commit": "0123456789abcdef",
+    }
+    table = gains.markdown(
+        {"environment": {**facts, "command": "python -m benchmarks.gains"}, "batch": 2, "rows": rows}
+    )
+    assert "| cpu | freed memory kept | float32 | 1.05 | 1.25 (1.25 .. 1.25) | 25.0, 20.0 |" in table.splitlines()
+    assert table.endswith(
+        "Batch 2; Example CPU, 2 threads; torch 2.13; commit 0123456789ab. Command: `python -m benchmarks.gains`."
+    )

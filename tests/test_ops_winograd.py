@@ -251,7 +251,6 @@ def test_what_does_not_fit_is_refused_or_computed_elsewhere(winograd: ops.Ops, u
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (21, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(winograd: ops.Ops, dtype: torch.dtype, h: int, w: int, heads: int):
-    """420 pixels are one more than a small image has."""
     qkv = fresh((2, 72, h, w), dtype, seed=1)
     hold(winograd.attention(FeatureMap(qkv), heads).data, reference.attention, (qkv, heads), {})
 

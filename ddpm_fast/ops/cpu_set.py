@@ -20,8 +20,6 @@ from ..kernels.norm_compiled import CompiledNorm
 from . import compiled
 from .sets import Ops
 
-SMALL_ATTENTION = 400  # pixels
-
 
 def build(keep_memory: bool = True) -> Ops:
     """The set; on any processor, with or without oneDNN. ``keep_memory``: see `ops.cpu`."""
@@ -84,23 +82,8 @@ def pack_upsample_conv(weight: Tensor, *, dtype: torch.dtype) -> Any:
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:  # [N, 3C, H, W] -> [N, C, H, W]
-    """`reference.attention`: over channels_last, q, k and v are views.
-
-    In bfloat16 torch's fused one multiplies in float32 throughout; of small images the weights can be kept, rounded
-    after the softmax, and multiplied as they are.
-    """
-    n, width, h, w = qkv.shape
-    small = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and h * w <= SMALL_ATTENTION
-    if not small or not onednn.computes(qkv.dtype):
-        return channels_last(reference.attention(qkv, heads))
-    head = width // 3 // heads
-    parts = qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, heads, head).permute(2, 0, 3, 1, 4).unbind()
-    q, k, v = (part.reshape(n * heads, h * w, head) for part in parts)
-    # With beta = 0 its first argument is not read.
-    scores = torch.baddbmm(torch.empty(1, 1, 1), q.float(), k.float().transpose(1, 2), beta=0, alpha=head**-0.5)
-    y = torch.bmm(scores.softmax(-1).to(v.dtype), v)
-    y = y.view(n, heads, h * w, head).transpose(1, 2).reshape(n, h, w, width // 3)
-    return y.permute(0, 3, 1, 2)
+    """`reference.attention`: over channels_last, q, k and v are views."""
+    return channels_last(reference.attention(qkv, heads))
 
 
 def _norm_act(

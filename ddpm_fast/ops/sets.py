@@ -99,8 +99,7 @@ def cpu(keep_memory: bool = True) -> Ops:
     batch it is in, by rounding.
 
     keep_memory: have glibc keep freed memory of any size for this whole process, whose peak then stays its own
-    until it ends, and place it on huge pages where Linux gives them to who asks. Without it, maps above 32 MB
-    (256-pixel models) are faulted in anew at each use.
+    until it ends. Without it, maps above 32 MB (256-pixel models) are faulted in anew at each use.
     """
     from . import cpu_set
 

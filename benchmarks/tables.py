@@ -4,7 +4,8 @@
     python -m benchmarks.tables --check    # exit code 1 where a page is not what its JSON says
 
 `<!-- bench: NAME COLUMN, COLUMN -->` chooses the columns; `<!-- bench: NAME by batch -->` is a short table of ratios, a
-column for each batch size. The same JSON gives the same text, byte for byte.
+column for each batch size. JSON of `benchmarks.gains` gives its own table. The same JSON gives the same text, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import gains
 from ddpm_fast.benchmarking.text import FULL, SPEED, by_batch, markdown
 from ddpm_fast.whole_files import whole_file
 
@@ -41,13 +43,16 @@ def _block(found: re.Match[str], results: Path, page: str) -> str:
     if not path.exists():
         raise ValueError(f"{page} wants a table from {path}, which is not there: write it by ddpm-fast bench --out")
     opening = found.group(0).splitlines()[0]
+    measured = json.loads(path.read_text())
+    if any("gain" in row for row in measured["rows"]):
+        return f"{opening}\n\n{gains.markdown(measured)}\n\n<!-- /bench -->"
     if found["columns"] == BY_BATCH:
-        return f"{opening}\n\n{by_batch(json.loads(path.read_text()))}\n\n<!-- /bench -->"
+        return f"{opening}\n\n{by_batch(measured)}\n\n<!-- /bench -->"
     names = [c.strip() for c in found["columns"].split(",")] if found["columns"] else list(SPEED)
     unknown = [n for n in names if n not in FULL]
     if unknown:
         raise ValueError(f"{page}: no column is called {unknown[0]!r}; there are: {', '.join(FULL)}")
-    return f"{opening}\n\n{markdown(json.loads(path.read_text()), names)}\n\n<!-- /bench -->"
+    return f"{opening}\n\n{markdown(measured, names)}\n\n<!-- /bench -->"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, FLOAT32_LIMITS, Judge, al
 from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.cli import bench as cli_bench
+from ddpm_fast.cli import sources
 from ddpm_fast.roofline import Roofs
 from ddpm_fast.verification import FLOOR
 
@@ -100,7 +101,7 @@ GPU_PEERS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "dtype"), GPU_PEERS)
 def test_every_provider_computes_the_model_on_a_gpu(name: str, dtype: str) -> None:
-    model = cli_bench._checkpoint("tiny", None, {}).model.cuda()
+    model = sources.measured("tiny", None, {}).model.cuda()
     of = Case(model, SCHEDULE, 3, 4, torch.device("cuda"))
     (provider,) = chosen([name])
     assert provider.missing(of.device, DTYPES[dtype]) is None
@@ -347,7 +348,7 @@ def test_roofs_by_the_command(monkeypatch, tmp_path: Path, capsys) -> None:
 
 
 def test_a_network_without_a_file_has_random_weights_that_are_always_the_same() -> None:
-    a, b = (cli_bench._checkpoint("tiny", None, {"sample_size": 8}) for _ in range(2))
+    a, b = (sources.measured("tiny", None, {"sample_size": 8}) for _ in range(2))
     assert a.source == "tiny (random weights)" and a.model.config.sample_size == 8
     x = normal(1, 3, 8, 8)
     assert torch.equal(a.model(x, 3), b.model(x, 3)) and float(a.model(x, 3).detach().abs().max()) > 0

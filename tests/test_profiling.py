@@ -378,6 +378,19 @@ def test_a_short_chain_is_timed_whole(saved: Path, monkeypatch: pytest.MonkeyPat
     assert code == 0 and "12 of 12 steps timed" in out
 
 
+@pytest.mark.parametrize("source", ["tiny", "config.json"])
+def test_a_network_without_weights_is_timed_with_random_ones(
+    source: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """As bench takes it: a preset's name, or a configuration, here a pipeline's, beside which its chain lies."""
+    given = saved / "unet" / source if source.endswith(".json") else source
+    words = (given, "--set", "sample_size=8", "--batch", 1, "--steps", 2, "--device", "cpu", "--ops", "reference")
+    code, out, _ = run(monkeypatch, capsys, *words)
+    chain = 12 if source.endswith(".json") else 1000
+    assert code == 0
+    assert f"{given} (random weights), batch 1, float32, reference operations, 2 of {chain} steps timed" in out
+
+
 def test_roofs_are_measured_anew_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     asked: list[bool] = []
 

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from .options import Device, Preset, Settings, assignments, chosen_device
+from .sources import Network, measured
 
 Words = list[str]
 
@@ -57,13 +58,7 @@ class SeveralValues(TyperCommand):
 
 
 def bench(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            help="A folder, a weights file or a Hugging Face id; or, with random weights, a config.json or one of "
-            "cifar10, lsun256, tiny. Default: the bundled model."
-        ),
-    ] = None,
+    source: Network = None,
     batch: Annotated[str, typer.Option(metavar="N...", help="Images drawn together.")] = "1,4,16",
     providers: Annotated[
         str | None,
@@ -120,7 +115,7 @@ def bench(
     if out is not None and out.suffix.lower() != ".json":
         raise ValueError(f"--out must be a .json file; got {out}")
     _use(threads)
-    checkpoint = _checkpoint(source, preset, assignments(settings))
+    checkpoint = measured(source, preset, assignments(settings))
     benchmark.fitting(checkpoint)  # before the roofs, which take seconds
     roofs = [roofline.roofs(where, known.DTYPES[d]) for d in dtypes if known.DTYPES[d] in _multiplied(where)]
     print(roofline.roofs_text(roofs) + "\n")
@@ -196,18 +191,3 @@ def _multiplied(device: torch.device) -> tuple[torch.dtype, ...]:
     from ..sampler import DTYPES
 
     return tuple(DTYPES[name] for name in _dtypes(device))
-
-
-def _checkpoint(source: str | None, preset: str | None, overrides: dict[str, Any]) -> Any:
-    """A checkpoint, or a network with random weights from seed 0, on which a speed does not depend."""
-    from ..checkpoints import Checkpoint, load
-    from ..presets import PRESETS
-    from ..unet import UNet
-    from .engine import _described
-
-    named = source in PRESETS and not Path(str(source)).exists()
-    if not named and not (source or "").endswith(".json"):
-        return load(source, preset, overrides)
-    title, config, schedule = _described(None if named else source, source if named else None, preset, overrides)
-    torch.manual_seed(0)
-    return Checkpoint(UNet(config).eval(), schedule, f"{title} (random weights)", "random weights", [])

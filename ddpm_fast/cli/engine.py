@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from .options import Device, Preset, Settings, Source, assignments, chosen_device
+from .sources import described
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
@@ -72,7 +72,7 @@ def plan(
     """Predict a step from shapes: each launch's FLOPs, bytes and time at a GPU's roofs; memory. Nothing runs."""
     from ..planning import plan, plan_facts, plan_text
 
-    title, config, schedule = _described(source, preset_model, preset, assignments(settings))
+    title, config, schedule = described(source, preset_model, preset, assignments(settings))
     planned = plan(config, schedule, batch, gpu, _dtype(dtype), steps)
     if as_json:
         print(json.dumps(plan_facts(planned, title, every), indent=2))
@@ -86,52 +86,3 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {name}")
     return DTYPES[name]
-
-
-def _described(
-    source: str | None, preset_model: str | None, preset: str | None, overrides: dict[str, Any]
-) -> tuple[str, Any, Any]:
-    """(title, UNetConfig, Schedule) of a named network, a config.json, or a checkpoint."""
-    from ..checkpoints import load
-    from ..config import UNetConfig
-    from ..presets import preset as named
-    from ..schedule import Schedule
-
-    if preset_model is None and not (source or "").endswith(".json"):
-        checkpoint = load(source, preset, overrides)
-        return checkpoint.source, checkpoint.model.config, checkpoint.schedule
-    if source is not None and preset_model is not None:
-        raise ValueError(f"give a SOURCE or --preset-model, not both; got {source!r} and {preset_model!r}")
-    if preset is not None:
-        raise ValueError("--preset is for weights without a config; leave it out here")
-    if preset_model is not None:
-        p = named(preset_model)
-        title, network, chain = preset_model, {**p.model, "sample_size": p.image_size}, dict(p.schedule)
-    else:
-        title, network, chain = str(source), *_files(Path(str(source)))
-    fields = UNetConfig.__dataclass_fields__, Schedule.__dataclass_fields__
-    unknown = sorted(k for k in overrides if not any(k in f for f in fields))
-    if unknown:
-        raise ValueError(f"--set: neither UNetConfig nor Schedule has {', '.join(unknown)}")
-    network |= {k: v for k, v in overrides.items() if k in fields[0]}
-    try:
-        config = UNetConfig.from_dict(network)
-        if config.out_channels == 2 * config.in_channels:  # where no file says it, as `load` assumes it
-            chain = {"variance_type": "learned_range", **chain}
-        return title, config, Schedule.from_dict(chain | {k: v for k, v in overrides.items() if k in fields[1]})
-    except (ArithmeticError, TypeError) as error:
-        raise ValueError(f"the configuration of {title} is not usable: {error}") from None
-
-
-def _files(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A U-Net's config.json and the scheduler's beside it, or in the folder that a pipeline has for it."""
-    from ..checkpoints.diffusers import schedule_fields
-    from ..checkpoints.files import read_json
-    from ..checkpoints.layout import SCHEDULER, check_class
-
-    network = read_json(config)
-    check_class(network, config)
-    for path in (config.parent / SCHEDULER, config.parent.parent / "scheduler" / SCHEDULER):
-        if path.exists():
-            return network, schedule_fields(read_json(path), [])
-    return network, {}

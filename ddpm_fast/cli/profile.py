@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Preset, Settings, Source, assignments, chosen_device
+from .options import Device, Preset, Settings, assignments, chosen_device
+from .sources import Network, measured
 
 
 def profile(
-    source: Source = None,
+    source: Network = None,
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Timed, of the model's chain. Default: 20, or all.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
@@ -32,7 +33,6 @@ def profile(
 ) -> None:
     """Time every operation of a step against this device's measured roofs, largest gap first."""
     from .. import report, roofline
-    from ..checkpoints import load
     from ..images import make_folder
     from ..profiling import profile as measure
     from ..profiling.text import profile_text
@@ -52,7 +52,7 @@ def profile(
                 raise ValueError(f"{path} is a folder; give a file")
             make_folder(path.parent)
     where = chosen_device(device)
-    checkpoint = load(source, preset, assignments(settings))
+    checkpoint = measured(source, preset, assignments(settings))
     found = measure(
         checkpoint.model,
         checkpoint.schedule,

@@ -1,0 +1,81 @@
+"""What commands that draw nothing to keep take for a network: a checkpoint, or a description of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+Network = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[source]",
+        help="A folder, a weights file or a Hugging Face id; or, with random weights, a config.json or one of "
+        "cifar10, lsun256, tiny. Default: the bundled model.",
+    ),
+]
+
+
+def measured(source: str | None, preset: str | None, overrides: dict[str, Any]) -> Any:
+    """A checkpoint, or a network with random weights from seed 0, on which a speed does not depend."""
+    from ..checkpoints import Checkpoint, load
+    from ..presets import PRESETS
+    from ..unet import UNet
+
+    named = source in PRESETS and not Path(str(source)).exists()
+    if not named and not (source or "").endswith(".json"):
+        return load(source, preset, overrides)
+    title, config, schedule = described(None if named else source, source if named else None, preset, overrides)
+    torch.manual_seed(0)
+    return Checkpoint(UNet(config).eval(), schedule, f"{title} (random weights)", "random weights", [])
+
+
+def described(
+    source: str | None, preset_model: str | None, preset: str | None, overrides: dict[str, Any]
+) -> tuple[str, Any, Any]:
+    """(title, UNetConfig, Schedule) of a named network, a config.json, or a checkpoint."""
+    from ..checkpoints import load
+    from ..config import UNetConfig
+    from ..presets import preset as named
+    from ..schedule import Schedule
+
+    if preset_model is None and not (source or "").endswith(".json"):
+        checkpoint = load(source, preset, overrides)
+        return checkpoint.source, checkpoint.model.config, checkpoint.schedule
+    if source is not None and preset_model is not None:
+        raise ValueError(f"give a SOURCE or --preset-model, not both; got {source!r} and {preset_model!r}")
+    if preset is not None:
+        raise ValueError("--preset is for weights without a config; leave it out here")
+    if preset_model is not None:
+        p = named(preset_model)
+        title, network, chain = preset_model, {**p.model, "sample_size": p.image_size}, dict(p.schedule)
+    else:
+        title, network, chain = str(source), *_files(Path(str(source)))
+    fields = UNetConfig.__dataclass_fields__, Schedule.__dataclass_fields__
+    unknown = sorted(k for k in overrides if not any(k in f for f in fields))
+    if unknown:
+        raise ValueError(f"--set: neither UNetConfig nor Schedule has {', '.join(unknown)}")
+    network |= {k: v for k, v in overrides.items() if k in fields[0]}
+    try:
+        config = UNetConfig.from_dict(network)
+        if config.out_channels == 2 * config.in_channels:  # where no file says it, as `load` assumes it
+            chain = {"variance_type": "learned_range", **chain}
+        return title, config, Schedule.from_dict(chain | {k: v for k, v in overrides.items() if k in fields[1]})
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"the configuration of {title} is not usable: {error}") from None
+
+
+def _files(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A U-Net's config.json and the scheduler's beside it, or in the folder that a pipeline has for it."""
+    from ..checkpoints.diffusers import schedule_fields
+    from ..checkpoints.files import read_json
+    from ..checkpoints.layout import SCHEDULER, check_class
+
+    network = read_json(config)
+    check_class(network, config)
+    for path in (config.parent / SCHEDULER, config.parent.parent / "scheduler" / SCHEDULER):
+        if path.exists():
+            return network, schedule_fields(read_json(path), [])
+    return network, {}

@@ -1,8 +1,7 @@
-"""Batches: how large they are chosen; memory's end and numbers' end are found, and the images stay the same."""
+"""Batches: how large they are chosen; memory's end is found, and the images stay the same."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Callable
@@ -12,10 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+from batching_setup import CPU, SCHEDULE, SHAPE, SMALL, STEPS, generators, half, sampler
 from diffusers import DDPMScheduler
 from models import TINY, diffusers_unet, unet
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast as df
 from ddpm_fast import ops
@@ -25,20 +24,11 @@ from ddpm_fast.graphs.capture import GraphCaptureError
 from ddpm_fast.inspection import model_cost
 from ddpm_fast.step_table import step_table
 
-SHAPE, STEPS = (3, 4, 4), 12
-SCHEDULE = df.Schedule(num_train_timesteps=STEPS, beta_start=4e-3, beta_end=0.3)
-CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {**TINY, "block_out_channels": (4, 8), "norm_num_groups": 2}
 # As torch says it on a CPU, c10/core/impl/alloc_cpu.cpp.
 CPU_SAYS = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
     "you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)"
 )
-
-
-def half(x: Tensor, t: Tensor) -> Tensor:
-    """Elementwise: exactly the same in any batch."""
-    return 0.5 * x + 0.01 * t.to(x.dtype)[:, None, None, None]
 
 
 class Memory:
@@ -54,14 +44,6 @@ class Memory:
             if len(x) > self.most:
                 raise self.error()
         return half(x, t)
-
-
-def sampler(model: Any = half, **kwargs: Any) -> df.Sampler:
-    return df.Sampler(model, SCHEDULE, **{"image_shape": SHAPE, **kwargs})
-
-
-def generators(n: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
 def caused(error: Exception) -> Exception:
@@ -295,164 +277,3 @@ def test_automatic_batches_of_the_fused_step_are_even():
     got = sampler(memory, batch_size="auto", **options).sample(70)
     assert memory.sizes == [35, 35]
     assert torch.equal(got, sampler(batch_size=64, **options).sample(70))
-
-
-# --- numbers end ---
-
-
-def poisoned(value: float, at: int, above: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """A model whose output is ``value`` somewhere in the images whose first element is ``above`` something, at t."""
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        out = half(x, t)
-        bad = (x[:, 0, 0, 0] > above) & (t == at)
-        out[:, 1, 2, 3] = torch.where(bad, torch.full_like(out[:, 1, 2, 3], value), out[:, 1, 2, 3])
-        return out
-
-    return model
-
-
-@pytest.mark.parametrize("batch_size", [4, 64])
-def test_ids_and_steps_of_nan_are_named(batch_size: int):
-    at, done = 7, STEPS - 7  # t = 7 is the step after which `done` are done
-    before: list[Tensor] = []
-    sampler().sample(20, first_id=30, callback=lambda k, x: before.append(x.clone()) if k == done - 1 else None)
-    firsts = before[0][:, 0, 0, 0]
-    above = float(firsts.sort().values[-4:-2].mean())  # between the third and the second largest
-    bad = (firsts > above).nonzero().flatten().tolist()
-    assert len(bad) == 3
-    with pytest.raises(RuntimeError) as caught:
-        sampler(poisoned(float("nan"), at, above), batch_size=batch_size).sample(20, first_id=30)
-    named = ", ".join(f"id {30 + i} from step {done} of {STEPS} (t = 7)" for i in bad)
-    assert str(caught.value) == f"images must be finite; in float32 these are not: {named}; look at the model's weights"
-
-
-def test_unchecked_images_come_as_they_are():
-    x = sampler(lambda x, t: x * float("nan")).sample(2, check_finite=False)
-    assert x.isnan().all()
-
-
-def test_many_ids_are_counted():
-    with pytest.raises(RuntimeError, match=r"id 0 from step 1 of 12 \(t = 11\), .*id 7 from .* and 12 more; look"):
-        sampler(lambda x, t: x * float("nan")).sample(20)
-
-
-@pytest.mark.parametrize("kind", ["philox", "torch", "one", "list"])
-def test_a_fault_that_does_not_come_again_is_only_warned_of(kind: str):
-    """As of a bit that flipped: the image is drawn again, from the same noise, and is right."""
-    noise = {"philox": "philox", "torch": "torch", "one": generators(1)[0], "list": generators(7)}
-    same = {**noise, "one": generators(1)[0], "list": generators(7)}[kind]
-    calls = []
-
-    def once(x: Tensor, t: Tensor) -> Tensor:
-        out = half(x, t)
-        calls.append(0)
-        if len(calls) == STEPS + 4:  # of the second batch
-            out[1] = float("inf")
-            out[1, 0, 0, 0] = float("nan")
-        return out
-
-    want = sampler(batch_size=3, noise=noise[kind]).sample(7, seed=1)
-    with pytest.warns(RuntimeWarning, match="finite when drawn once more in the same way: 1 images, id 4 the first"):
-        got = sampler(once, batch_size=3, noise=same).sample(7, seed=1)
-    assert torch.equal(got, want)
-    if isinstance(same, torch.Generator):
-        assert torch.equal(same.get_state(), noise[kind].get_state())
-
-
-def overflowing(n: int, keep: int, seed: int) -> tuple[df.UNet, list[int]]:
-    """A U-Net whose first convolution passes float16's largest number for all but ``keep`` of n images, and which."""
-    model = unet(SMALL)
-    most = torch.zeros(n)
-
-    def look(done: int, x: Tensor) -> None:
-        if done < STEPS:
-            torch.maximum(most, model.conv_in(x).abs().amax((1, 2, 3)), out=most)
-
-    with torch.no_grad():
-        model.conv_in.bias.zero_()
-        df.Sampler(model, SCHEDULE, batch_size=n).sample(n, seed, callback=look)
-        order = most.argsort()
-        model.conv_in.weight.mul_(65504 / float(most[order[keep - 1 : keep + 1]].mean()))
-    return model, sorted(order[keep:].tolist())
-
-
-@pytest.mark.parametrize("batch_size", [2, 6])
-def test_what_float16_cannot_hold_is_drawn_in_float32(batch_size: int):
-    model, _ = overflowing(6, 4, seed=1)
-    first: dict[int, int] = {}
-    calls = []
-
-    def look(done: int, x: Tensor) -> None:
-        start = batch_size * (len(calls) // (STEPS + 1))
-        calls.append(done)
-        if start < 6 and len(calls) <= (STEPS + 1) * 6 // batch_size:
-            for i in (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
-                first.setdefault(start + i, done)
-
-    low = df.Sampler(model, SCHEDULE, batch_size=batch_size, dtype=torch.float16)
-    with pytest.warns(RuntimeWarning) as caught:
-        got = low.sample(6, seed=1, callback=look)
-    assert 0 < len(first) < 6
-    named = ", ".join(f"id {i} from step {k} of {STEPS} (t = {STEPS - k})" for i, k in first.items())
-    assert [str(w.message) for w in caught] == [f"not finite in float16, so drawn in float32: {named}"]
-    exact = df.Sampler(model, SCHEDULE).sample(6, seed=1)
-    bad = sorted(first)
-    torch.testing.assert_close(got[bad], exact[bad], rtol=0, atol=2e-5)
-    good = [i for i in range(6) if i not in first]
-    assert got.isfinite().all() and not torch.equal(got[good], exact[good]), "these stay as float16 drew them"
-    torch.testing.assert_close(got[good], exact[good], rtol=0, atol=0.2)
-
-
-def test_noise_in_float32_is_that_of_the_run():
-    """A generator draws other numbers in float16: the images are of those, by a network in float32."""
-    model = unet(SMALL)
-    with torch.no_grad():
-        model.conv_in.weight.mul_(1e6)
-    low = df.Sampler(model, SCHEDULE, batch_size=2, dtype=torch.float16, noise=generators(3))
-    with pytest.warns(RuntimeWarning, match="so drawn in float32: id 0 .* id 1 .* id 2 from step 1 "):
-        got = low.sample(3)
-    exact = copy.deepcopy(model).double()
-    for i, g in enumerate(generators(3)):
-        x = torch.randn(1, 3, 8, 8, generator=g, dtype=torch.float16).double()
-        for t in SCHEDULE.timesteps():
-            z = torch.randn(1, 3, 8, 8, generator=g, dtype=torch.float16).double() if t else None
-            with torch.no_grad():
-                x = SCHEDULE.step(exact(x, t), t, x, z)
-        torch.testing.assert_close(got[i : i + 1].double(), x, rtol=0, atol=1e-4)
-
-
-def test_what_float32_cannot_hold_either_is_an_error():
-    model = unet(SMALL)
-    with torch.no_grad():
-        model.conv_in.weight.mul_(1e39)
-    low = df.Sampler(model, SCHEDULE, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"in bfloat16 and again in float32 these are not: id 0 from step 1 of 12"):
-        low.sample(2)
-
-
-def test_a_model_that_was_changed_since_is_no_way_out():
-    model, _ = overflowing(6, 4, seed=1)
-    low = df.Sampler(model, SCHEDULE, dtype=torch.float16)
-    with torch.no_grad():
-        model.conv_out.bias += 1
-    with pytest.raises(RuntimeError, match="in float16 these are not: id "):
-        low.sample(6, seed=1)
-
-
-def test_a_call_waits_once_and_not_in_its_loop():
-    """Whether all is finite is asked at the end of the call, however many batches and steps it has."""
-
-    class Asked(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            asked[-1] += any(w in func.name() for w in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"))
-            return func(*args, **(kwargs or {}))
-
-    asked: list[int] = []
-    for n, steps in ((2, 3), (2, 12), (9, 12)):
-        asked.append(0)
-        drawing = sampler(batch_size=2, steps=steps)
-        drawing.sample(n)  # makes its programs
-        with Asked():
-            drawing.sample(n)
-    assert asked == [1, 1, 1]

@@ -58,9 +58,13 @@ def error(got: Tensor, truth: Tensor, span: float | None = None) -> Error:
 
 
 def within(ours: Error, theirs: Error, floor: float = FLOOR) -> bool:
-    """The house rule, where ``theirs`` is the error of torch in the same dtype; an infinite one allows nothing more."""
-    largest, rms = (2 * e + floor if math.isfinite(e) else floor for e in (theirs.largest, theirs.rms))
-    return ours.largest <= largest and ours.rms <= rms
+    """The house rule, where ``theirs`` is the error of torch in the same dtype."""
+    return ours.largest <= allowed(theirs.largest, floor) and ours.rms <= allowed(theirs.rms, floor)
+
+
+def allowed(theirs: float, floor: float = FLOOR) -> float:
+    """What an error may be, where torch has ``theirs``; an infinite one allows nothing more."""
+    return 2 * theirs + floor if math.isfinite(theirs) else floor
 
 
 def _worst(errors: Iterable[Error]) -> Error:

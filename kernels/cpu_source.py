@@ -178,9 +178,6 @@ template <int V> static inline void measure(Moments& m, const T* x, int64_t i, i
     for (int v = 0; v < V; v++) m.put(i + v * L, pivot[v], sum[v], squares[v]);
 }
 
-// Rows of an image in a run: float32 sums of many more pixels would round.
-static int64_t rows_of_run(int64_t h, int64_t w) { return std::max<int64_t>(1, std::min<int64_t>(h, 64 / w)); }
-
 // stats [N, ceil(H / rows), 2, C] of x: mean and centred sum of squares over each run of `rows` rows.
 static void statistics(float* stats, const T* x, int64_t n, int64_t h, int64_t w, int64_t c, int64_t rows,
                        int threads) {

@@ -22,8 +22,8 @@ ENTRY = r"""
 extern "C" void norm_act(T* y, const T* x, const T* skip, const T* residual, int act, int64_t n, int64_t h, int64_t w,
                          int64_t c1, int64_t c2, int64_t groups, double eps, const float* weight, const float* bias,
                          const float* bias_row, int64_t bias_stride, const float* scale_shift, int64_t shift_stride,
-                         int threads) {
-    const int64_t c = c1 + c2, rows = rows_of_run(h, w), parts = n * ((h + rows - 1) / rows);
+                         int64_t rows, int threads) {
+    const int64_t c = c1 + c2, parts = n * ((h + rows - 1) / rows);
     const std::unique_ptr<float[]> stats(new float[parts * 2 * c]), table(new float[2 * n * c]);
     float *beside = stats.get() + parts * 2 * c1, *scale = table.get(), *shift = scale + n * c;
     statistics(stats.get(), x, n, h, w, c1, rows, threads);
@@ -37,7 +37,7 @@ SOURCE = "\n".join((VECTORS, NORMALISATION, ENTRY))
 
 _P, _J = c_void_p, c_int64
 _SIGNATURES: dict[str, list[type]] = {
-    "norm_act": [_P, _P, _P, _P, c_int, *[_J] * 6, c_double, _P, _P, _P, _J, _P, _J, c_int],
+    "norm_act": [_P, _P, _P, _P, c_int, *[_J] * 6, c_double, _P, _P, _P, _J, _P, _J, _J, c_int],
 }
 
 
@@ -76,9 +76,15 @@ class CompiledNorm:
         before, after = table_rows(bias_row, row, n), table_rows(scale_shift, row, n)
         self._norm_act(
             at(y), *map(at, maps), ACTS[act], n, h, w, c1, c2, groups, eps, *map(at, vectors),
-            at(before), stride(before), at(after), stride(after), torch.get_num_threads(),
+            at(before), stride(before), at(after), stride(after), rows_of_run(h, w),
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+
+def rows_of_run(height: int, width: int) -> int:
+    """Rows of an image whose moments are summed at once: float32 sums of many more pixels would round."""
+    return max(1, min(height, 64 // width))
 
 
 def vector(x: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import onednn
 from .native import at, functions
-from .norm_compiled import RAW, stride
+from .norm_compiled import RAW, rows_of_run, stride
 
 PAD = 16  # channels: a vector of the widest registers, and what oneDNN blocks by
 
@@ -238,7 +238,7 @@ class Kernels:
 
     def statistics(self, x: Tensor) -> PartStats:  # [N, C, H, W], channels_last
         n, c, h, w = x.shape
-        rows = max(1, min(h, 64 // w))  # float32 sums of many more pixels would round
+        rows = rows_of_run(h, w)
         stats = PartStats(torch.empty(n, -(-h // rows), 2, c), rows)
         self._functions["channel_statistics"](at(stats.values), at(x), n, h, w, c, rows, torch.get_num_threads())
         return stats

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..sampler import Sampler
 from ..step_table import step_table
 from ..unet import UNet
-from ..verification import FLOOR, Error, error
+from ..verification import Error, allowed, error
 from .providers import DISTINCT, Case, Sampling
 
 PROBES = 3  # steps whose outputs are judged: the first, the last, and between
@@ -140,11 +140,10 @@ class Judge:
         return self._chains[noise]
 
 
-def allowances(dtype: torch.dtype, largest: float, rms: float, times: float = 2.0) -> tuple[float, float]:
-    """(largest, RMS) that an error may have, where torch in the same dtype has these; infinite ones allow none."""
+def allowances(dtype: torch.dtype, largest: float, rms: float) -> tuple[float, float]:
+    """(largest, RMS) that an error may have, where torch in the same dtype has these."""
     floors = FLOAT32_LIMITS if dtype == torch.float32 else (0.0, 0.0)
-    largest, rms = (times * e if math.isfinite(e) else 0.0 for e in (largest, rms))
-    return max(largest + FLOOR, floors[0]), max(rms + FLOOR, floors[1])
+    return max(allowed(largest), floors[0]), max(allowed(rms), floors[1])
 
 
 def _worst(errors: list[Error]) -> tuple[float, float]:

@@ -13,8 +13,8 @@ from ..unet import Attention, UNet
 
 NAMES = ("auto", "reference", "cpu", "winograd", "triton")
 # Work of a thread, in FLOPs of direct convolutions, from which compiling the transforms pays. That takes about 2 s more
-# than `cpu` needs; with AVX-512 a thread does 3e10 to 1e11 FLOP/s by `cpu`, of whose time winograd saves a fifth with
-# narrow layers, half with wide ones.
+# than `cpu` needs; with AVX-512 a thread does 5e10 to 1e11 FLOP/s by `cpu`, of whose time winograd saves an eighth with
+# the bundled model's narrow layers, two fifths with wide ones.
 # Whether the transforms are cached is not asked: a set of images is resumed by the operations that began it.
 LONG_RUN = 1e12
 

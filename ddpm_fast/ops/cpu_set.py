@@ -1,8 +1,8 @@
-"""The operations of a CPU: channels_last maps and weights arranged for oneDNN, ready at once.
+"""The operations of a CPU: channels_last maps and weights arranged for oneDNN, ready in a second or two.
 
 A feature map is a plain channels_last tensor. float32 is exact up to rounding; bfloat16 and float16 compute in
 their dtype where oneDNN has kernels for it on this processor, else in float32 over weights of that dtype. Where there
-is a C++ compiler, normalisation is compiled at its first use, in a second; without, torch's operations do it.
+is a C++ compiler, normalisation is compiled once, at its first use; without, torch's operations do it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _norm_act(
 
 @cache
 def compiled_norm(dtype: torch.dtype) -> CompiledNorm | None:
-    """The normalisation compiled for a dtype, in a second or from the cache; None where no C++ compiler does it."""
+    """The normalisation compiled for a dtype, now or from the cache; None where no C++ compiler does it."""
     try:
         return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
     except RuntimeError:

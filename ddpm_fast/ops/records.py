@@ -104,7 +104,7 @@ class _Recorder:
         self.log.append(record)
 
     def cut(self, name: str, norm: _Call, call: _Call, parts: int) -> list[Part]:
-        """As ops_triton's set cuts the two."""
+        """As triton_set cuts the two."""
         if name not in ("conv", "upsample_conv"):
             return []
         measured = norm.form == "fused" and norm.parts("x") and (norm["skip"] is None or norm.parts("skip"))

@@ -92,7 +92,7 @@ def reference() -> Ops:
 
 
 def cpu(keep_memory: bool = True) -> Ops:
-    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready within a second.
+    """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready in a second or two.
 
     Works on tensors on the CPU in float32, bfloat16 or float16, with oneDNN or without; float64 and weights that no
     `pack_conv` has packed run on the reference operations. Gradients do not flow. An image's bits depend on the

@@ -62,9 +62,9 @@ def within(ours: Error, theirs: Error, floor: float = FLOOR) -> bool:
     return ours.largest <= allowed(theirs.largest, floor) and ours.rms <= allowed(theirs.rms, floor)
 
 
-def allowed(theirs: float, floor: float = FLOOR) -> float:
+def allowed(theirs: float, floor: float = FLOOR, times: float = 2.0) -> float:
     """What an error may be, where torch has ``theirs``; an infinite one allows nothing more."""
-    return 2 * theirs + floor if math.isfinite(theirs) else floor
+    return times * theirs + floor if math.isfinite(theirs) else floor
 
 
 def _worst(errors: Iterable[Error]) -> Error:

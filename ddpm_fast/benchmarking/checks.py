@@ -140,10 +140,10 @@ class Judge:
         return self._chains[noise]
 
 
-def allowances(dtype: torch.dtype, largest: float, rms: float) -> tuple[float, float]:
+def allowances(dtype: torch.dtype, largest: float, rms: float, times: float = 2.0) -> tuple[float, float]:
     """(largest, RMS) that an error may have, where torch in the same dtype has these."""
     floors = FLOAT32_LIMITS if dtype == torch.float32 else (0.0, 0.0)
-    return max(allowed(largest), floors[0]), max(allowed(rms), floors[1])
+    return max(allowed(largest, times=times), floors[0]), max(allowed(rms, times=times), floors[1])
 
 
 def _worst(errors: list[Error]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from test_unet import NCSNPP, relative_error
 from ddpm_fast import ops
 from ddpm_fast.engine.prepared import prepare
 from ddpm_fast.kernels import reference
+from ddpm_fast.ops import compiled
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.unet import TimeRows, UNet
@@ -80,15 +81,21 @@ def test_samples_on_fused_operations_are_those_of_the_reference(device: torch.de
     assert torch.equal(alone, fused[1:])
 
 
+@pytest.mark.parametrize("name", ["cpu", "winograd"])
 @torch.no_grad()
-def test_samples_are_those_of_a_loop_over_upstream_s_network():
+def test_samples_are_those_of_a_loop_over_upstream_s_network(name: str):
+    if name == "winograd":
+        try:
+            compiled.compiler()
+        except RuntimeError as error:
+            pytest.skip(str(error))
     theirs, schedule = diffusers_unet(SMALL), Schedule()
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 3, 8, 8, generator=generator)
     for t, prev_t in zip(CHAIN, [*CHAIN[1:], -1]):
         z = torch.randn(2, 3, 8, 8, generator=generator)
         x = schedule.step(theirs(x, t).sample, t, x, z, prev_t)
-    got = Sampler(unet(SMALL), schedule, steps=CHAIN, noise="torch").sample(2, seed=5)
+    got = Sampler(unet(SMALL), schedule, steps=CHAIN, noise="torch", ops=name).sample(2, seed=5)
     assert relative_error(got, x) <= 1e-5
 
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
 
+OPTIONAL = {
+    "diffusers",
+    "dicebear",
+    "resvg_py",
+    "efficientnet_lite_pytorch",
+    "hypothesis",
+    "playwright",
+    "torchmetrics",
+}
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
@@ -56,9 +66,60 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """With ``-m gpu``, a file that imports a package which is not installed is left out, and named.
+
+    A machine with a GPU may hold little else; most files import diffusers and hold no test for a GPU.
+    """
+    report = yield
+    if report.outcome != "failed" or collector.config.option.markexpr != "gpu":
+        return report
+    error: BaseException | None = report.call.excinfo.value if report.call.excinfo else None  # type: ignore[attr-defined]
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if package in OPTIONAL:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {package} is not installed, which this file imports")
+    return report
+
+
+_lost: list[str] = []  # the test after which CUDA answered nothing but errors
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notice that a kernel has ended the process' CUDA context: every later test would fail of it."""
+    report = yield
+    if HAS_GPU and report.failed and not _lost:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            _lost.append(item.nodeid)
+            report.sections.append(("CUDA context", f"lost in this test: {error}"))
+    return report
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A worker of pytest-xdist that has lost its context ends, and another one takes its place."""
+    if _lost and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _lost:
+        pytest.fail(f"not run: the CUDA context was lost in {_lost[0]}", pytrace=False)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [r for r in terminalreporter.stats.get("skipped", ()) if "gpu" in r.keywords]
-    if skipped:
+    all_skipped = terminalreporter.stats.get("skipped", ())
+    skipped = [r for r in all_skipped if "gpu" in getattr(r, "keywords", ())]  # a file that is left out has none
+    if skipped and not HAS_GPU:
         terminalreporter.write_line(
             f"NOT PROVEN HERE: {len(skipped)} gpu tests skipped, torch finds no CUDA GPU; run `make gpu` on one",
             yellow=True,
@@ -76,3 +137,11 @@ _DEVICES = ["cuda"] if HAS_GPU else ["cpu", "cuda"]
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels run: the GPU, or the CPU in Triton's interpreter."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> torch.device:
+    """The CPU, in Triton's interpreter: for kernels with a planted bug, which on a GPU may write anywhere."""
+    if HAS_GPU:
+        pytest.skip("planted bugs are for Triton's interpreter: on a GPU one may end the process that all tests share")
+    return torch.device("cpu")

@@ -124,9 +124,9 @@ BUGS = [
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda b: b.name)
-def test_planted_bug_is_found(bug: Bug, device: torch.device, tmp_path: Path) -> None:
+def test_planted_bug_is_found(bug: Bug, interpreted: torch.device, tmp_path: Path) -> None:
     module = "conv_step" if bug.name.startswith("step:") else "conv"
-    assert_turns_red(lambda m: bug.check(m, device), mutant(tmp_path, module, bug.file, bug.old, bug.new))
+    assert_turns_red(lambda m: bug.check(m, interpreted), mutant(tmp_path, module, bug.file, bug.old, bug.new))
 
 
 CHECKS = (BOX, GATHER, IMAGES, CONCAT, HALVES, STRIDED, STRIP, UP, UP_SHORT, RAGGED, MANY)

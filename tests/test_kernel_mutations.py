@@ -165,12 +165,12 @@ BUGS = [
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a bug may well divide by zero on its way
 @pytest.mark.parametrize("bug", BUGS, ids=lambda b: b.name)
-def test_planted_bug_turns_red(bug, device, tmp_path):
+def test_planted_bug_turns_red(bug, interpreted, tmp_path):
     module = mutant(tmp_path, bug.module, bug.file, bug.old, bug.new)
-    assert_turns_red(lambda m: bug.check(m, device), module)
+    assert_turns_red(lambda m: bug.check(m, interpreted), module)
 
 
 @pytest.mark.parametrize("bug", {(b.module, b.check): b for b in BUGS}.values(), ids=lambda b: b.name)
-def test_a_faithful_copy_stays_green(bug, device, tmp_path):
+def test_a_faithful_copy_stays_green(bug, interpreted, tmp_path):
     """So that the bugs above are what turns the checks red, and not the copying."""
-    bug.check(mutant(tmp_path, bug.module, bug.file, bug.old, bug.old), device)
+    bug.check(mutant(tmp_path, bug.module, bug.file, bug.old, bug.old), interpreted)

@@ -108,7 +108,7 @@ def _devices(arch: int) -> Iterator[None]:
     """Let the launchers take ``meta`` tensors for those of a GPU of this architecture."""
     import importlib
 
-    for name in ("conv", "norm_act", "sampler_step"):
+    for name in ("attention", "conv", "norm_act", "sampler_step"):
         importlib.import_module(f"ddpm_fast.kernels.{name}")
     stand_ins = {"require": lambda kernel, *tensors: None, "architecture": lambda *tensors: arch}
     with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)):

@@ -123,7 +123,7 @@ def compile_all(
 def kind(kernel: str, constexprs: dict[str, Any]) -> tuple[Any, ...]:
     """What sets kernels of one source apart in their code, and their tile; not the shapes that they run on."""
     c = constexprs
-    tile = tuple(c.get(n) for n in ("BM", "BN", "BC", "BLOCK_P", "BLOCK_C", "NG"))
+    tile = tuple(c.get(n) for n in ("BM", "BN", "BC", "BD", "BLOCK_P", "BLOCK_C", "NG"))
     if "conv" in kernel:
         names = ("SIZE", "STRIDE", "PHASES", "MODE", "SHORT_MODE", "VARIANCE")
         return (kernel, *tile, *(c.get(n) for n in names), bool(c.get("C2")), bool(c.get("S1")), c.get("K", 0) <= 16)
@@ -164,6 +164,8 @@ def describe(c: dict[str, Any]) -> str:
             f"{taps}{' stride 2' if c['STRIDE'] == 2 else ''} {channels}>{c['K']}{around} at {c['H']}x{c['W']}, "
             f"tile {c['BN']}x{c['BM']}x{c['BC']} {fetch}"
         )
+    if "HEADS" in c:
+        return f"{c['HEADS']} heads of {c['D']}, {c['T']} pixels, tile {c['BM']}x{c['BN']}x{c['BD']}"
     if "CG" in c:
         channels = f"{c['C1']}" + (f"+{c['C2']}" if c["C2"] else "")
         tile = f", tile {c['BLOCK_P']}x{c['BLOCK_C'] if 'BLOCK_C' in c else c['NG'] * c['CGP']}"

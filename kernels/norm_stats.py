@@ -149,7 +149,7 @@ def nhwc_strides(t: Tensor, name: str) -> tuple[int, int]:
     image, channel, pixel = strides(t, name)
     if channel != 1 and t.shape[1] > 1:
         raise ValueError(
-            f"norm_act needs channels_last memory; got {name} {tuple(t.shape)} with strides {tuple(t.stride())}; "
-            "call contiguous(memory_format=torch.channels_last)"
+            f"the fused kernels need channels_last memory; got {name} {tuple(t.shape)} with strides "
+            f"{tuple(t.stride())}; call contiguous(memory_format=torch.channels_last)"
         )
     return image, pixel

@@ -64,6 +64,11 @@ def older() -> list[dict[str, Any]]:
     return compiled("--batch", "256", "--kernel", "conv_kernel", "--kinds", "1", "--arch", "80", "--arch", "120")
 
 
+@pytest.fixture(scope="module")
+def attentions() -> list[dict[str, Any]]:
+    return compiled("--batch", "256", "--kernel", "attention", "--arch", "80", "--arch", "90", "--arch", "120")
+
+
 def spilling(rows: list[dict[str, Any]]) -> list[str]:
     return [f"sm_{r['arch']} {r['kernel']} {r['specialization']}" for r in rows if r["binary"]["spills"]]
 
@@ -78,6 +83,16 @@ def test_elementwise_kernels_do_not_spill(elementwise: list[dict[str, Any]]):
     assert {r["arch"] for r in elementwise} == set(ARCHITECTURES)
     assert len(elementwise) >= 5 * len(ARCHITECTURES)
     assert spilling(elementwise) == []
+
+
+def test_attention_does_not_spill_and_fits_the_smallest_shared_memory(attentions: list[dict[str, Any]]):
+    assert {r["arch"] for r in attentions} == {80, 90, 120} and len(attentions) == 6, "at 16x16 and at 4x4 pixels"
+    assert spilling(attentions) == []
+    assert all(r["blocks"] >= 1 for r in attentions)
+    for r in attentions:
+        wide = "256 pixels" in r["specialization"]
+        assert set(r["binary"]["matrix"]) == {"HGMMA" if wide and r["arch"] == 90 else "HMMA"}, r
+        assert set(r["binary"]["stores"]) == {"16"}, r
 
 
 def narrow(row: dict[str, Any]) -> bool:

@@ -25,7 +25,7 @@ class MemoryUse(NamedTuple):
     """Bytes that a program needs on the device."""
 
     arena: int  # the network's intermediate results
-    outside: int  # beside it, the most that torch's own operations (attention) hold at one moment
+    outside: int  # beside it, the most that torch's own operations hold at one moment
     static: int  # x_t, its low-precision copy, counter, seed, ids, labels, noise
     tables: int  # steps and time
     weights: int
@@ -71,7 +71,7 @@ class Program:
             # The fused kernels read x_t pixel by pixel of one channel; oneDNN wants the channels of one pixel.
             plain = self.device.type == "cpu" and ops.initial_noise is None
             layout = torch.channels_last if plain else torch.contiguous_format
-            self.x = torch.empty(shape, device=self.device, memory_format=layout).zero_()
+            self.x = torch.empty(shape, dtype=torch.float32, device=self.device, memory_format=layout).zero_()
             self.low: Tensor | None = None
             self.noise = torch.zeros_like(self.x) if given_noise else None
             self.counter = torch.zeros(2, dtype=torch.int32, device=self.device)
@@ -252,7 +252,8 @@ class StepProgram(Program):
                 self.time = ClassRows(prepared, times, self.counter, images)
             self._guided: Tensor | None = None
             if guidance_scale is not None:
-                self._guided = torch.zeros(images, config.out_channels, *image_shape[1:], device=self.device)
+                shape = (images, config.out_channels, *image_shape[1:])
+                self._guided = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self._fused = (
             ops.conv_step is not None
             and "step_weight" in prepared.conv_out.__dict__

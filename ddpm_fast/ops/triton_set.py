@@ -68,8 +68,8 @@ class Postponed:
 
 def build(memory: Memory | None = None) -> Ops:
     """The set, with its results where ``memory`` says; RuntimeError where Triton is not installed."""
+    from ..kernels import attention, conv_step, launch, norm_act, sampler_step
     from ..kernels import conv as conv_kernels
-    from ..kernels import conv_step, launch, norm_act, sampler_step
 
     if launch.triton is None:
         raise RuntimeError(
@@ -83,7 +83,7 @@ def build(memory: Memory | None = None) -> Ops:
         upsample_conv=_convolution("upsample_conv", conv_kernels.upsample_conv, reference.upsample_conv, memory),
         upsample=lambda x: _upsample(x, memory),
         downsample=lambda x: _downsample(x, memory),
-        attention=lambda qkv, heads: _attention(qkv, heads, memory),
+        attention=_attention(attention.attention, memory),
         sampler_step=_sampler_step(sampler_step.sampler_step),
         fir_upsample=lambda x: _outside(reference.fir_upsample(x.data), memory),
         fir_downsample=lambda x: _outside(reference.fir_downsample(x.data), memory),
@@ -121,7 +121,7 @@ def leave(x: FeatureMap) -> Tensor:
 
 def falls_back(operation: str, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel covers this call, or None. ``arguments`` by the names of kernels/reference.py."""
-    image = arguments["out"] if operation == "sampler_step" else arguments.get("x")
+    image = arguments.get({"sampler_step": "out", "attention": "qkv"}.get(operation, "x"))
     if image is not None and image.dtype not in DTYPES:
         return f"no kernel computes in {image.dtype}"
     if operation == "sampler_step" and arguments["thresholding"] is not None:
@@ -282,8 +282,15 @@ def _downsample(x: FeatureMap, memory: Memory) -> FeatureMap:
     return FeatureMap(y)
 
 
-def _attention(qkv: FeatureMap, heads: int, memory: Memory) -> FeatureMap:
-    return _outside(reference.attention(qkv.data, heads), memory)
+def _attention(kernel: Callable[..., Tensor], memory: Memory) -> Callable[[FeatureMap, int], FeatureMap]:
+    def attention(qkv: FeatureMap, heads: int) -> FeatureMap:
+        if falls_back("attention", {"qkv": qkv}):
+            return _outside(reference.attention(qkv.data, heads), memory)
+        n, width, h, w = qkv.shape
+        y = memory.map((n, width // 3, h, w), qkv.dtype, qkv.data.device)
+        return FeatureMap(y if memory.dry else kernel(qkv.data, heads, out=y))
+
+    return attention
 
 
 def _outside(result: Tensor, memory: Memory) -> FeatureMap:

@@ -77,7 +77,7 @@ class Film:
     """
 
     def __init__(self, steps: int, to_uint8: Callable[[Tensor], Tensor], images: int = 8, frames: int = 12):
-        moments = torch.linspace(0, steps, min(frames, steps + 1)).round().long().tolist()
+        moments = torch.linspace(0, steps, min(frames, steps + 1), device="cpu").round().long().tolist()
         self._wanted, self._images, self._to_uint8 = set(moments), images, to_uint8
         self.frames: list[np.ndarray] = []  # each [images, H, W, C] uint8
         self._steps = steps

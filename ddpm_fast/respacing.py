@@ -37,7 +37,7 @@ def sections(rule: str, total: int) -> list[int]:
 def truncated(count: int, total: int) -> list[int]:
     """lucidrains' rule: of an even spacing from -1 to the last timestep, ``count`` after the -1 without their
     fractions, descending. In float32 on the CPU, as there, where a whole number may fall short of itself."""
-    return torch.linspace(-1, total - 1, count + 1).int().tolist()[:0:-1]
+    return torch.linspace(-1, total - 1, count + 1, dtype=torch.float32, device="cpu").int().tolist()[:0:-1]
 
 
 def _count(rule: str, text: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .arguments import whole_number
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
 from .engine.call import Call, Shown, check_numbers, padded, strides
 from .engine.choose_ops import choose_ops
@@ -70,8 +71,8 @@ class Sampler:
         guidance_scale: float | None = None,
         time_scale: float | None = None,
     ):
-        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be a positive integer or 'auto'; got {batch_size!r}")
+        if batch_size != "auto":
+            batch_size = _batch_size(batch_size)
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
         if graph not in GRAPHS:
@@ -99,8 +100,8 @@ class Sampler:
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
         self.model: Any = self._prepared(model, dtype)
         # Kept where it may be needed again: for images that half precision cannot hold.
-        keep = dtype != torch.float32 and self.model is not model
-        self._original = Unchanged(model) if keep else None
+        self._copied = self.model is not model
+        self._original = Unchanged(model) if self._copied and dtype != torch.float32 else None
         self.batch_size: int = batch_size if isinstance(batch_size, int) else self._chosen_batch()
         # Where an image's bits do not depend on its batch, batches of one call are about equal: no padding is drawn.
         self._even = batch_size == "auto" and self.ops.initial_noise is not None
@@ -108,11 +109,17 @@ class Sampler:
         self._programs: OrderedDict[tuple[int, bool], tuple[Program, Runner]] = OrderedDict()
 
     def _prepared(self, model: Any, dtype: torch.dtype) -> Any:
-        if isinstance(model, UNet):
-            return prepare(model, dtype, self.device, self.ops)
-        # any callable; one that can makes its own copy for this dtype and device
-        for_sampling = getattr(model, "for_sampling", None)
-        return model if for_sampling is None else for_sampling(dtype, self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            if isinstance(model, UNet):
+                return prepare(model, dtype, self.device, self.ops)
+            # any callable; one that can makes its own copy for this dtype and device
+            for_sampling = getattr(model, "for_sampling", None)
+            return model if for_sampling is None else for_sampling(dtype, self.device)
+
+    def _own_dtype(self) -> AbstractContextManager[Any]:
+        """Without the caller's autocast, which knows nothing of packed weights; a callable is called as the caller
+        would call it."""
+        return torch.autocast(self.device.type, enabled=False) if self._copied else nullcontext()
 
     def _chosen_batch(self) -> int:
         model, table, shape = self.model, self.table, self.image_shape
@@ -173,6 +180,7 @@ class Sampler:
         RuntimeError names the ids and steps of those that are still not finite. Without check_finite they are
         returned as they are, and the end of the call does not wait for the device.
         """
+        n, seed, first_id = (whole_number(*given) for given in (("n", n), ("seed", seed), ("first_id", first_id)))
         check_numbers(n, first_id)
         if interval is None:
             each_step = callback is not None or self.device.type == "cpu"
@@ -184,7 +192,7 @@ class Sampler:
         if isinstance(generators, Sequence) and len(generators) not in (1, n):
             raise ValueError(f"a list of generators needs one an image; got {len(generators)} for n={n}")
         if self.noise == "torch":
-            generators = torch.Generator(self.device).manual_seed(seed)
+            generators = torch.Generator(self.device).manual_seed(seed % 2**64)
         call = Call(
             n=n,
             seed=seed,
@@ -198,7 +206,8 @@ class Sampler:
             device=self.device,
             unit=self._at_once(n),
         )
-        result = torch.empty(n, *self.image_shape, device=self.device)
+        with torch.inference_mode(False):  # an ordinary tensor, which may be changed in place and trained on
+            result = torch.empty(n, *self.image_shape, dtype=torch.float32, device=self.device)
         finite = torch.ones(n, dtype=torch.bool, device=self.device)
         watched = interval if progress or callback is not None else len(self.table)
         units = call.units()
@@ -224,7 +233,8 @@ class Sampler:
         return -(-n // -(-n // self.batch_size)) if self._even and n else self.batch_size
 
     def _in_parts(self, call: Call, rows: Sequence[int], draw: Callable[[Sequence[int]], None]) -> None:
-        self._limit.run(rows, lambda n: self._shape(call, n), draw, self._release)
+        with self._own_dtype():
+            self._limit.run(rows, lambda n: self._shape(call, n), draw, self._release)
 
     def _release(self) -> None:
         """Free what programs hold."""
@@ -324,6 +334,16 @@ def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
     if truncate:
         return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _batch_size(value: object) -> int:
+    try:
+        size = whole_number("batch_size", value)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"batch_size must be a positive integer or 'auto'; got {value!r}")
+    return size
 
 
 def _device_of(model: object) -> torch.device:

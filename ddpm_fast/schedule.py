@@ -311,19 +311,19 @@ def _wrong(name: str, value: object, allowed: str) -> ValueError:
 
 
 def _betas(s: Schedule) -> Tensor:
-    steps = torch.float64
+    kind: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
     total = s.num_train_timesteps
     if s.trained_betas is not None:
-        return torch.tensor(s.trained_betas, dtype=steps)
+        return torch.tensor(s.trained_betas, **kind)
     if s.beta_schedule == "linear":  # DDPM, section 4
-        return torch.linspace(s.beta_start, s.beta_end, total, dtype=steps)
+        return torch.linspace(s.beta_start, s.beta_end, total, **kind)
     if s.beta_schedule == "scaled_linear":
-        return torch.linspace(s.beta_start**0.5, s.beta_end**0.5, total, dtype=steps) ** 2
+        return torch.linspace(s.beta_start**0.5, s.beta_end**0.5, total, **kind) ** 2
     if s.beta_schedule == "sigmoid":  # Xu et al. 2022 (GeoDiff)
-        return torch.sigmoid(torch.linspace(-6, 6, total, dtype=steps)) * (s.beta_end - s.beta_start) + s.beta_start
+        return torch.sigmoid(torch.linspace(-6, 6, total, **kind)) * (s.beta_end - s.beta_start) + s.beta_start
     alpha_bar = _cosine if s.beta_schedule == "squaredcos_cap_v2" else _laplace
     return torch.tensor(
-        [min(1 - alpha_bar((i + 1) / total) / alpha_bar(i / total), 0.999) for i in range(total)], dtype=steps
+        [min(1 - alpha_bar((i + 1) / total) / alpha_bar(i / total), 0.999) for i in range(total)], **kind
     )
 
 

@@ -9,13 +9,14 @@ DDPM with any variance and prediction type, respaced chains, and DDIM with any e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from .arguments import whole_number
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
 from .respacing import sections
 from .schedule import LEAST_SIGNAL, METHODS, SECTIONS, SPACINGS, Schedule
@@ -71,6 +72,8 @@ def step_table(
         steps = schedule.timestep_respacing
     if steps is None and own:
         steps = schedule.num_inference_steps
+    if hasattr(steps, "__index__") and getattr(steps, "ndim", 0) == 0:  # numpy's integers too
+        steps = whole_number("steps", steps)
     upstream = schedule.method == "ddim" and schedule.timestep_spacing in SPACINGS
     by_stride = upstream and method == "ddim" and (steps is None or isinstance(steps, int))
     if steps is None or isinstance(steps, int):
@@ -79,7 +82,7 @@ def step_table(
         chain = sections(steps, schedule.num_train_timesteps)
     else:
         chain = _custom_chain(schedule, steps)
-    rows = torch.zeros(len(chain), TABLE_WIDTH, dtype=torch.float64)
+    rows = torch.zeros(len(chain), TABLE_WIDTH, dtype=torch.float64, device="cpu")
     clips = schedule.clip_sample and not schedule.thresholding
     following = chain[1:] + [-1]
     if by_stride:
@@ -149,7 +152,9 @@ def _ddim_row(schedule: Schedule, row: Tensor, t: int, prev_t: int, eta: float) 
 
 
 def _custom_chain(schedule: Schedule, timesteps: Sequence[int]) -> list[int]:
-    chain = [int(t) for t in timesteps]
+    if not isinstance(timesteps, Iterable):
+        raise ValueError(f"steps must be a whole number, a list of timesteps or text; got {timesteps!r}")
+    chain = [whole_number("a timestep", t) for t in timesteps]
     last = schedule.num_train_timesteps - 1
     if not chain or any(not 0 <= t <= last for t in chain):
         raise ValueError(f"timesteps must be a non-empty list within 0..{last}; got {chain}")

@@ -69,7 +69,7 @@ class CompiledNorm:
     ) -> Tensor:  # [N, C, H, W], channels_last, in x's dtype
         n, c1, h, w = x.shape
         c2 = 0 if skip is None else skip.shape[1]
-        y = torch.empty((n, c1 + c2, h, w), dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty((n, c1 + c2, h, w), dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
         maps = [None if t is None else t.to(x.dtype).contiguous(memory_format=torch.channels_last)
                 for t in (x, skip, residual)]  # fmt: skip
         vectors = vector(weight), vector(bias)

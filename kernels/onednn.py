@@ -39,8 +39,9 @@ def computes(dtype: torch.dtype) -> bool:
 
 @cache
 def _tried(dtype: torch.dtype) -> bool:
-    x = torch.ones(1, 16, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.ones(16, 16, 3, 3, dtype=dtype), torch.ones(16)
+    x = torch.ones(1, 16, 4, 4, dtype=dtype, device="cpu").contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(16, 16, 3, 3, dtype=dtype, device="cpu")
+    bias = torch.ones(16, dtype=torch.float32, device="cpu")
     try:
         y = _convolve(x, _arranged(weight, x.shape, 1, 1), bias, 1, 1)
         y = _accumulate(y, x, _arranged(weight, x.shape, 1, 1), None, 1, 1)

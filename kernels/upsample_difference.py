@@ -133,7 +133,7 @@ def _by_differences(x: Tensor, parts: list[Weight], k: int, bias: Tensor | None)
         return pairs.add_(whole[:, :, :, None])
 
     middle = row_of_pairs(product(x, 0, bias), product(across, 1))
-    y = torch.empty((n, h, 2, w, 2, k), dtype=x.dtype)
+    y = torch.empty((n, h, 2, w, 2, k), dtype=x.dtype, device=x.device)
     for parity, rows, part in ((1, slice(1, None), 2), (0, slice(-1), 3)):
         edges = row_of_pairs(product(down, part), product(edge, part + 2))
         torch.add(middle, edges[:, rows], out=y[:, :, parity])
@@ -145,7 +145,7 @@ def difference(x: Tensor, axis: int) -> Tensor:  # [N, C, H, W], channels_last
     length = x.shape[axis]
     shape = list(x.shape)
     shape[axis] += 1
-    e = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    e = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     e.narrow(axis, 0, 1).copy_(x.narrow(axis, 0, 1))
     torch.sub(x.narrow(axis, 1, length - 1), x.narrow(axis, 0, length - 1), out=e.narrow(axis, 1, length - 1))
     torch.neg(x.narrow(axis, length - 1, 1), out=e.narrow(axis, length, 1))
@@ -155,7 +155,7 @@ def difference(x: Tensor, axis: int) -> Tensor:  # [N, C, H, W], channels_last
 def _by_taps(x: Tensor, parts: list[Weight], k: int, bias: Tensor | None) -> Tensor:
     n, _, h, w = x.shape
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
-    y = torch.empty((n, h, 2, w, 2, k), dtype=x.dtype)
+    y = torch.empty((n, h, 2, w, 2, k), dtype=x.dtype, device=x.device)
     for i, part in enumerate(parts):
         a, b = divmod(i, 2)
         y[:, :, a, :, b] = part.convolve(padded[:, :, a : a + h + 1, b : b + w + 1], bias).permute(0, 2, 3, 1)

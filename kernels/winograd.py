@@ -117,7 +117,7 @@ def scheme_for(dtype: torch.dtype, n: int, c: int, h: int, w: int, k: int) -> Sc
 
 def transformed_filter(weight: Tensor, scheme: Scheme) -> Tensor:
     """[K, C, 3, 3] -> float64 [P, K, C]."""
-    g = torch.tensor(scheme.filter, dtype=torch.float64)
+    g = torch.tensor(scheme.filter, dtype=torch.float64, device="cpu")
     both = torch.einsum("ia,jb->ijab", g, g).reshape(-1, 9)
     k, c = weight.shape[:2]
     return (both @ weight.double().reshape(k * c, 9).T).view(-1, k, c)
@@ -136,7 +136,7 @@ class Products:
         k, c = weight.shape[:2]
         self.scheme, self.dtype = scheme, dtype
         self.kp, self.cp = _filled_up(k), _filled_up(c)
-        filters = torch.zeros(scheme.positions, self.kp, self.cp, dtype=dtype)
+        filters = torch.zeros(scheme.positions, self.kp, self.cp, dtype=dtype, device="cpu")
         filters[:, :k, :c] = transformed_filter(weight, scheme)
         self._plain: Tensor | None = filters
         self._arranged: OrderedDict[int, Tensor] = OrderedDict()
@@ -234,12 +234,12 @@ class Kernels:
     @staticmethod
     def stats_of(scheme: Scheme, y: Tensor) -> PartStats:
         """Room for the statistics of a result [N, K, H', W']."""
-        return PartStats(torch.empty(y.shape[0], -(-y.shape[2] // scheme.out), 2, y.shape[1]), scheme.out)
+        return PartStats(_floats(y.shape[0], -(-y.shape[2] // scheme.out), 2, y.shape[1]), scheme.out)
 
     def statistics(self, x: Tensor) -> PartStats:  # [N, C, H, W], channels_last
         n, c, h, w = x.shape
         rows = rows_of_run(h, w)
-        stats = PartStats(torch.empty(n, -(-h // rows), 2, c), rows)
+        stats = PartStats(_floats(n, -(-h // rows), 2, c), rows)
         self._functions["channel_statistics"](at(stats.values), at(x), n, h, w, c, rows, torch.get_num_threads())
         return stats
 
@@ -258,7 +258,7 @@ class Kernels:
         """Normalisation and what surrounds it, as scale * x + shift."""
         n, c1, h, w = x.shape
         c2 = 0 if skip is None else skip.values.shape[3]
-        scale, shift = torch.empty(2, n, c1 + c2).unbind()
+        scale, shift = _floats(2, n, c1 + c2).unbind()
         self._functions["norm_affine"](
             at(scale), at(shift), at(stats.values), c1, stats.rows, at(skip and skip.values), c2,
             1 if skip is None else skip.rows, n, h, w, groups, eps, at(weight), at(bias), at(bias_row),
@@ -269,10 +269,15 @@ class Kernels:
     def norm_apply(self, s: Source, residual: Tensor | None = None) -> Tensor:  # [N, C, H, W], channels_last
         n, c1, h, w = s.x.shape
         c2 = s.channels - c1
-        y = torch.empty((n, c1 + c2, h, w), dtype=s.x.dtype, memory_format=torch.channels_last)
+        y = torch.empty((n, c1 + c2, h, w), dtype=s.x.dtype, device="cpu", memory_format=torch.channels_last)
         arguments = at(y), at(s.x), at(s.skip), at(s.scale), at(s.shift), s.act, at(residual), n, h, w, c1, c2
         self._functions["norm_apply"](*arguments, torch.get_num_threads())
         return y
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory for the compiled functions to write: of their type and on the host, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 _P, _I, _J = c_void_p, c_int, c_int64

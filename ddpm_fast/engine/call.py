@@ -47,7 +47,7 @@ class Call:
         return [range(i, min(i + self.unit, self.n)) for i in range(0, self.n, self.unit)]
 
     def ids(self, rows: Sequence[int]) -> Tensor:  # [len(rows)] int64 on the CPU
-        return self.first_id + torch.tensor(list(rows), dtype=torch.int64)
+        return self.first_id + torch.tensor(list(rows), dtype=torch.int64, device="cpu")
 
     def labels_of(self, rows: Sequence[int]) -> Tensor | None:
         return None if self.labels is None else pick(self.labels, rows)

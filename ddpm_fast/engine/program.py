@@ -94,7 +94,9 @@ class Program:
     ) -> None:
         """Be at the first step of a new batch: write seed, ids and labels, reset the counter, draw x_T."""
         self.seed.fill_((seed + 2**63) % 2**64 - 2**63)
-        self.ids.copy_(torch.as_tensor(range(self.batch_size) if ids is None else ids))
+        if not isinstance(ids, Tensor):
+            ids = torch.tensor(list(range(self.batch_size) if ids is None else ids), device="cpu")
+        self.ids.copy_(ids)
         self.counter.zero_()
         self.label(labels)
         low = None if self.low is None else self.low[: self.batch_size]

@@ -287,7 +287,8 @@ def _transformed(
         added = beside if added is None else beside.add_(added)
     source = x.source if isinstance(x, Normalised) else Source(x.data)
     up = scheme.out // scheme.step
-    y = torch.empty((n, weight.out_channels, h * up, w * up), dtype=x.dtype, memory_format=torch.channels_last)
+    shape = n, weight.out_channels, h * up, w * up
+    y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     stats = run.stats_of(scheme, y) if with_stats else None
     around = vector(bias), table_rows(time, row, n), added, scale, stats
     _, down, across = scheme.tiles(n, h, w)
@@ -312,7 +313,7 @@ def _scratch(tiles: int, positions: int, channels: int, dtype: torch.dtype) -> T
     bytes_needed = size * dtype.itemsize
     held: Tensor | None = getattr(_SCRATCH, "bytes", None)
     if held is None or held.numel() < bytes_needed:
-        _SCRATCH.bytes = held = torch.empty(bytes_needed, dtype=torch.uint8)
+        _SCRATCH.bytes = held = torch.empty(bytes_needed, dtype=torch.uint8, device="cpu")
     return held[:bytes_needed].view(dtype).view(tiles, positions, channels)
 
 

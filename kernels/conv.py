@@ -17,7 +17,7 @@ from . import conv_kernel as device_code
 from .conv_check import check_operands, check_packed, check_size
 from .conv_pack import PackedConv, pack_conv, pack_upsample_conv
 from .conv_plan import DTYPES, ConvShape, Specialization, specialization
-from .launch import Launch, require
+from .launch import Launch, require, start
 from .reference import Shortcut, sides
 
 __all__ = [
@@ -163,9 +163,9 @@ def enqueue(spec: Specialization, tensors: Mapping[str, Tensor | None], scalars:
         if kind != "constexpr" and tensor is not None:
             arguments[name] = _descriptor(tensor, spec.boxes[name]) if name in spec.boxes else tensor
     launch = spec.launch
-    spec.kernel[(spec.programs,)](
-        **arguments, **spec.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    device = next(t.device for t in tensors.values() if t is not None)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    start(spec.kernel, (spec.programs,), device, **arguments, **spec.constexprs, **options)
 
 
 def _descriptor(x: Tensor, box: tuple[int, ...]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .conv_pack import PackedConv
-from .conv_plan import DTYPES, ConvShape
+from .conv_plan import DTYPES, LARGEST_TILE, ConvShape
 
 
 def check_packed(
@@ -30,8 +30,17 @@ def check_size(shape: ConvShape) -> None:
     n, k, (height, width) = shape.images, shape.out_channels, shape.output
     if min(height, width, n, k) < 1:
         raise ValueError(f"conv needs a result of at least one pixel; got {[n, k, height, width]}; check the padding")
-    if n * height * width >= 2**31:
-        raise ValueError(f"conv counts pixels in 32 bits; got {n} images of {height} x {width}; split the batch")
+    # An image's pixels may be padded to whole parts of the statistics, and the last tile reaches beyond them.
+    if n * (height * width + 2 * LARGEST_TILE) >= 2**31 or n * k >= 2**31:
+        raise ValueError(
+            f"conv counts pixels and channels in 32 bits; got {n} images of {height} x {width} and {k} channels; "
+            "split the batch"
+        )
+    if shape.height * shape.width * max(shape.channels) >= 2**31:
+        raise ValueError(
+            f"conv counts the values of one image in 32 bits; got {shape.height} x {shape.width} of "
+            f"{max(shape.channels)} channels; use smaller images, or reference"
+        )
 
 
 def check_operands(shape: ConvShape, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:

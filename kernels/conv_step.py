@@ -72,6 +72,7 @@ def conv_step_kernel(
     x_now = tl.load(x_t + image * x_n + c[:, None] * x_c + p * x_p, mask=mask, other=0.0)
     z = tile_noise(seed, ids + image, row, 0, p0, H * W, CP, BM, ALIGNED)
     y = step_update(x_now, out, v, z, table, row, VARIANCE)
+    tl.debug_barrier()  # x_prev may be x_t, and a small tile's elements are loaded by several threads
     tl.store(x_prev + image * y_n + c[:, None] * y_c + p * y_p, y, mask=mask)
     if low is not None:
         store_low(low + image * low_n, y, 0, p0, C, H * W, LOW_C, low_c, low_p, CP, LOW_CP, BM)

@@ -4,15 +4,17 @@ Nothing is tuned at run time. Whatever sets the order of a reduction (tile sizes
 follows from shape and dtype and never from the batch size, so a sample is bitwise the same in any batch.
 
 This module is also the one place that meets Triton, so that every kernel file imports where it is missing:
-take ``tl``, ``triton``, ``jit`` and ``constexpr`` from here, and call ``require`` before a launch.
+take ``tl``, ``triton``, ``jit`` and ``constexpr`` from here, call ``require`` before a launch, and launch by ``start``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -69,6 +71,12 @@ def require(kernel: Any, *tensors: Tensor | None) -> None:
         )
 
 
+def start(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """``kernel[grid](...)`` on ``device``, that of its tensors: Triton itself takes whichever device is current."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -79,8 +87,13 @@ def next_power_of_2(n: int) -> int:
 
 def strides(t: Tensor, name: str) -> tuple[int, int, int]:
     """(image, channel, pixel) strides of t [N, C, H, W], whose pixels must be evenly spaced: row after row."""
-    _, _, h, w = t.shape
+    _, c, h, w = t.shape
     s_n, s_c, s_h, s_w = t.stride()
+    if (c - 1) * s_c + (h - 1) * s_h + (w - 1) * s_w >= 2**31:
+        raise ValueError(
+            f"the fused kernels count the values of one image in 32 bits; got {name} {tuple(t.shape)} with strides "
+            f"{tuple(t.stride())}; use smaller images, or reference"
+        )
     if h > 1 and w > 1 and s_h != w * s_w:
         raise ValueError(
             f"the fused kernels need evenly spaced pixels (stride H == W * stride W); got {name} {tuple(t.shape)} with "

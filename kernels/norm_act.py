@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import cdiv, jit, norm_apply_launch, norm_tile_launch, require, tl
+from .launch import cdiv, jit, norm_apply_launch, norm_tile_launch, require, start, tl
 from .norm_stats import group_stats, merge_size, merge_stats, nhwc_strides, stats_size
 
 __all__ = ["group_stats", "merge_stats", "norm_act", "workspace_size"]
@@ -278,7 +278,7 @@ def norm_act(
     if launch is not None:
         require(_norm_tile_kernel, *tensors)
         grid = (n, cdiv(groups, launch.meta["NG"]))
-        _norm_tile_kernel[grid](x, skip, *parameters, SILU=silu, **launch.options())
+        start(_norm_tile_kernel, grid, x.device, x, skip, *parameters, SILU=silu, **launch.options())
         return y
     require(_norm_apply_kernel, *tensors)
     stats, skip_stats = _statistics(x, skip, stats, skip_stats, workspace)
@@ -286,7 +286,8 @@ def norm_act(
     launch = norm_apply_launch(channels, groups, h * w, x.element_size(), max(parts, skip_parts))
     runs = cdiv(h * w, launch.meta["TILES"] * launch.meta["BLOCK_P"])
     grid = (n * runs, cdiv(channels, launch.meta["BLOCK_C"]))
-    _norm_apply_kernel[grid](x, skip, stats, skip_stats, *parameters, parts, skip_parts, SILU=silu, **launch.options())
+    inputs = (x, skip, stats, skip_stats, *parameters, parts, skip_parts)
+    start(_norm_apply_kernel, grid, x.device, *inputs, SILU=silu, **launch.options())
     return y
 
 

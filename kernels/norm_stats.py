@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import MAX_PARTS, cdiv, jit, require, stats_launch, strides, tl
+from .launch import MAX_PARTS, cdiv, jit, require, start, stats_launch, strides, tl
 
 
 @jit
@@ -87,9 +87,8 @@ def group_stats(
     parts = launch.meta["PARTS"]
     stats = _buffer(out, (n, parts, 3, channels), x.device)
     require(_group_stats_kernel, x, stats)
-    _group_stats_kernel[(n * parts, cdiv(channels, launch.meta["BLOCK_C"]))](
-        x, stats, image, channels, h * w, pixel, **launch.options()
-    )
+    grid = (n * parts, cdiv(channels, launch.meta["BLOCK_C"]))
+    start(_group_stats_kernel, grid, x.device, x, stats, image, channels, h * w, pixel, **launch.options())
     return stats
 
 
@@ -105,9 +104,10 @@ def merge_stats(
         merged = _buffer(out, (n, fewer, 3, channels), stats.device)
         out = None if out is None else out.view(-1)[merged.numel() :]
         require(_merge_stats_kernel, stats, merged)
-        _merge_stats_kernel[(n * fewer, cdiv(channels, 64))](
-            stats, merged, C=channels, P=parts, Q=fewer, RUN=32, BLOCK_C=64, num_warps=4
-        )
+        start(
+            _merge_stats_kernel, (n * fewer, cdiv(channels, 64)), stats.device, stats, merged,
+            C=channels, P=parts, Q=fewer, RUN=32, BLOCK_C=64, num_warps=4,
+        )  # fmt: skip
         stats = merged
     return stats
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import cdiv, constexpr, jit, require, step_launch, strides, tl
+from .launch import cdiv, constexpr, jit, require, start, step_launch, strides, tl
 from .philox import normal4, normal_at, split64
 
 VARIANCES = {"fixed": 0, "learned": 1, "learned_range": 2}
@@ -149,6 +149,7 @@ def _sampler_step_kernel(
     else:
         z = tile_noise(seed_ptr, ids_ptr + n, row, c0, p0, HW, CP, BLOCK_P, ALIGNED)
     y = step_update(x, eps, v, z, table_ptr, row, VARIANCE)
+    tl.debug_barrier()  # y may be x, and a small tile's elements may be loaded by several threads
     tl.store(y_ptr + n * y_n + c * y_c + p * y_p, y, mask=mask)
     if HAS_LOW:
         store_low(low_ptr + n * low_n, y, c0, p0, C, HW, LOW_C, low_c, low_p, CP, LOW_CP, BLOCK_P)
@@ -214,7 +215,10 @@ def sampler_step(
     tiles = cdiv(h * w, launch.meta["BLOCK_P"])
     grid = (n * tiles, cdiv(max(channels, low_channels), launch.meta["LOW_CP"]))
     require(_sampler_step_kernel, x, out, table, counter, seed, ids, y, low, noise)
-    _sampler_step_kernel[grid](
+    start(
+        _sampler_step_kernel,
+        grid,
+        x.device,
         x,
         out,
         y,
@@ -256,7 +260,10 @@ def initial_noise(
     tiles = cdiv(h * w, launch.meta["BLOCK_P"])
     grid = (n * tiles, cdiv(max(channels, low_channels), launch.meta["LOW_CP"]))
     require(_initial_noise_kernel, x, seed, ids, low)
-    _initial_noise_kernel[grid](
+    start(
+        _initial_noise_kernel,
+        grid,
+        x.device,
         x,
         x if low is None else low,
         seed,

@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
     save(found)
     if not report.ok:
         return found
-    for batch in args.batch:
+    for batch in [] if why_not else args.batch:
         row = Row(ckpt, batch, args)
         found["rows"].append(row.facts)
         try:

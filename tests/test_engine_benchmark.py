@@ -95,7 +95,7 @@ def test_without_diffusers_it_says_what_was_not_timed(
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())["tiny float32 beside torch.compile"]
     assert found["missing"] == {"torch.compile": "diffusers is not installed"}
-    assert all("torch.compile" not in row["ms_a_step"] for row in found["rows"])
+    assert found["rows"] == []  # `gpu-speed` has ours
 
 
 # --- a GPU's forms, made up ---

@@ -22,9 +22,14 @@ from ddpm_fast.graphs.loop import LoopUnavailable
 SYNCHRONISING = ("aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
 
 
+def waits(func: Any, args: Any) -> bool:
+    """Whether the host waits for the device. A tensor made of a list of numbers goes there by a copy that waits."""
+    return str(func) in SYNCHRONISING or (str(func) == "aten.lift_fresh.default" and args[0].ndim > 0)
+
+
 class NoSynchronisation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func) in SYNCHRONISING:
+        if waits(func, args):
             raise RuntimeError("called a synchronizing CUDA operation")
         return func(*args, **(kwargs or {}))
 
@@ -35,7 +40,7 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func) in SYNCHRONISING:
+        if waits(func, args):
             raise RuntimeError("operation not permitted when stream is capturing")
         results = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, [t for t in tree_leaves(results) if isinstance(t, Tensor)]))

@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,49 @@ def test_a_failing_model_is_not_a_capture_failure() -> None:
 
     with pytest.raises(ValueError, match=r"^labels are missing$"):
         make(Broken(), "auto")
+
+
+# --- what lies around a capture ---
+
+
+def test_capturing_draws_nothing_of_torch_s_own_generator() -> None:
+    """A model with dropout left on, say, draws the same numbers with a graph as without."""
+    ids = torch.tensor([0, 1])
+    torch.manual_seed(5)
+    want = eager(0, ids, toy=Drawing)
+    program = Drawing()
+    torch.manual_seed(5)
+    program.begin(0, ids)
+    run, _ = make(program, "step")
+    run.advance(7)
+    assert same_bits(program.buffers(), want)
+
+
+class Casting(Toy):
+    """float32 weights, that autocast casts."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.layer = torch.nn.Conv2d(8, 3, 3, padding=1, bias=False)
+        self.layer.weight.data.copy_(self.weight)
+
+    def predict(self) -> Tensor:
+        return self.layer(self.low.float()).float()
+
+
+def test_with_and_without_autocast_are_two_captures() -> None:
+    ids = torch.tensor([0, 1])
+    program, other = Casting(), Casting()
+    run, backend = make(program, "step")
+    for cast in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            program.begin(0, ids)
+            run.advance(7)
+            other.begin(0, ids)
+            for _ in range(7):
+                other.step()
+        assert same_bits(program.buffers(), other.buffers())
+    assert len(backend.captured) == 3
 
 
 # --- the cache ---

@@ -7,6 +7,8 @@ nodes that are not in the graph. That a driver takes the same calls is for test_
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +45,7 @@ class Fake:
         self.executables: dict[int, int] = {}
         self.programs: set[int] = set()
         self.next, self.launches, self.sources, self.options = 100, 0, [], []
+        self.launched_on: list[int] = []
         types = {name: type(name, (_Handle,), {}) for name in ("cudaGraphNode_t", "cudaGraph_t", "cudaGraphExec_t")}
         self.runtime = SimpleNamespace(
             **types,
@@ -140,7 +143,8 @@ class Fake:
         del self.executables[int(executable)]
 
     def cuda_GraphLaunch(self, executable: Any, stream: int) -> None:
-        assert stream == 77
+        assert stream == 0, "the default stream, as it is called on every device"
+        self.launched_on.append(torch.cuda.current_device())
         self.launches += 1
         for condition in self.conditions.values():
             condition[0] = condition[1]
@@ -200,8 +204,20 @@ class Fake:
 @pytest.fixture(autouse=True)
 def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CAPABILITY)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(graph_loop, "_kernels", {})
+    on = [0]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        on.append(wanted.index)
+        try:
+            yield
+        finally:
+            on.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: on[-1])
 
 
 class Step:
@@ -218,8 +234,8 @@ class Step:
         self.counter[0] += 1
 
 
-def build(fake: Fake, step: Step, total: int = 10) -> WhileGraph:
-    return WhileGraph(step, step.counter, step.stop, total, torch.device("cuda", 0), fake.bindings)
+def build(fake: Fake, step: Step, total: int = 10, index: int = 0) -> WhileGraph:
+    return WhileGraph(step, step.counter, step.stop, total, torch.device("cuda", index), fake.bindings)
 
 
 @pytest.mark.parametrize("major", [12, 13])
@@ -231,6 +247,16 @@ def test_the_loop_runs_the_steps_up_to_the_stop_word(major: int) -> None:
         loop.replay()
         assert step.rows == rows
     assert fake.launches == 6
+
+
+def test_a_launch_is_on_the_graph_s_own_device() -> None:
+    """Another device may be the current one, and its default stream has the same name."""
+    fake, step = Fake(), Step()
+    loop = build(fake, step, index=1)
+    step.stop[0] = 3
+    loop.replay()
+    assert fake.launched_on == [1] and step.rows == [0, 1, 2]
+    assert torch.cuda.current_device() == 0
 
 
 def test_one_kernel_a_device_and_nothing_left_behind() -> None:

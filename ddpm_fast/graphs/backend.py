@@ -84,8 +84,7 @@ class CudaBackend:
         self.synchronize()
         torch.cuda.empty_cache()  # a private pool cannot take from the blocks cached outside it
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _no_collection():
-            # thread_local: another thread's allocation must not break this capture
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            _begin(graph, self.pool)
             try:
                 run()
             except BaseException:
@@ -100,10 +99,13 @@ class CudaBackend:
         try:
             graph.capture_end()
         except BaseException:
-            # torch then leaves the allocator as if the capture went on, and its pool in use.
+            # torch leaves its allocators and its generator as if the capture went on.
+            _FAILED.append(graph)
             with suppress(Exception):
                 torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
                 torch._C._cuda_releasePool(self.device.index, self.pool)
+            with suppress(Exception):
+                _capture_nothing()
             raise
 
     def loop(self, step: Any, counter: Tensor, stop: Tensor, total: int) -> Graph:
@@ -112,6 +114,28 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+# The allocator of pinned memory asks a graph whose capture failed, again and again, whether it is still going on.
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+def _begin(graph: torch.cuda.CUDAGraph, pool: Any = None) -> None:
+    # torch makes its generator's device tensors here, for all graphs of the process: as inference tensors they could
+    # not be written by a graph that is captured outside inference mode.
+    with torch.inference_mode(False):
+        # thread_local: another thread's allocation must not break this capture
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+
+
+def _capture_nothing() -> None:
+    """End what a failed capture left going on in torch's default generator, which would not draw any more."""
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is empty
+        _begin(graph)
+        graph.capture_end()
+    graph.reset()
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ class Program(Protocol):
     ``state()``, where the program has it, names every tensor that a step writes and a later step reads; without
     it these are x and counter, and ``low`` where there is one. ``host_bound``, where it has that, says in words
     why a step needs the host each time (noise from a generator there); such a program is never captured.
+    ``weights``, where it has that, is a value that changes when tensors which a step reads are replaced by others.
     """
 
     @property
@@ -115,9 +117,11 @@ class Captured:
 
 @torch.inference_mode()
 def capture(program: Program, graph: str, backend: Backend) -> Captured:
-    """Warm up, capture and check ``program`` in the form ``graph``; the program's state is put back."""
+    """Warm up, capture and check ``program`` in the form ``graph``; the program's state is put back, and so are
+    torch's own generators."""
+    drawn_from = [program.device] if program.device.type == "cuda" else []
     try:
-        with backend.side_stream():
+        with torch.random.fork_rng(drawn_from, device_type="cuda"), backend.side_stream():
             trial = _Trial(program)
             try:
                 return _capture_form(program, graph, backend, trial)
@@ -160,8 +164,7 @@ def _capture_step(program: Program, backend: Backend, trial: _Trial) -> Graph:
     try:
         # An operation that waits for the GPU breaks a capture, and leaves torch's allocator the worse for it;
         # here it only raises.
-        with backend.no_synchronisation():
-            second = trial.run(lambda k: _eagerly(program, k))
+        second = trial.run(lambda k: _eagerly(program, k), backend.no_synchronisation)
         graph = backend.capture(program.step)
     except Exception as error:
         raise _capture_error(program, backend, trial, error) from error
@@ -235,34 +238,45 @@ def _state(program: Program) -> list[Tensor]:
 
 
 def signature_of(program: Program) -> object:
-    """Where and what the tensors are that the program holds: a capture is of these and no others."""
+    """What a capture is of and no other: the tensors that the program holds, its model's weights, autocast."""
     held = {name: value for name, value in vars(program).items() if isinstance(value, Tensor)}
-    return tuple((name, t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in held.items())
+    kind = program.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    tensors = tuple((name, t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in held.items())
+    return tensors, getattr(program, "weights", None), autocast
 
 
 class _Trial:
-    """Runs of the first steps, each from one and the same state, and the program's own state to go back to."""
+    """Runs of the first steps, each from one and the same state, and the program's own state to go back to.
+
+    All of that is kept on the host: the device's memory, and the most of it that was ever in use, are the program's.
+    """
 
     def __init__(self, program: Program):
         self.steps = min(TRIAL_STEPS, program.steps)
         self.state = _state(program)
-        self.kept = [t.clone() for t in self.state]
-        noise = torch.randn(program.x.shape, generator=torch.Generator().manual_seed(0))
-        for tensor in self.state[1:]:
-            tensor.zero_()  # buffers may hold anything, and NaN would hide every difference
-        program.x.copy_(noise)
-        self.start = [t.clone() for t in self.state]
+        self.kept = _on_host(self.state)
+        self.noise = torch.randn(program.x.shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
-    def run(self, advance: Callable[[int], object]) -> list[Tensor]:
-        """What ``steps`` steps from the start leave behind."""
-        for tensor, value in zip(self.state, self.start):
-            tensor.copy_(value)
-        advance(self.steps)
-        return [t.clone() for t in self.state]
+    def run(
+        self, advance: Callable[[int], object], watch: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> list[Tensor]:
+        """What ``steps`` steps from the start leave behind. ``watch``: around the steps alone."""
+        x, *others = self.state
+        x.copy_(self.noise)
+        for tensor in others:
+            tensor.zero_()  # buffers may hold anything, and NaN would hide every difference
+        with watch():
+            advance(self.steps)
+        return _on_host(self.state)
 
     def put_back(self) -> None:
         for tensor, value in zip(self.state, self.kept):
             tensor.copy_(value)
+
+
+def _on_host(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.to("cpu", copy=True) for t in tensors]
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -287,9 +301,14 @@ def _capture_error(program: Program, backend: Backend, trial: _Trial, error: Exc
     """The error, with the operation: the one that fails when the step runs once more under watch, and its line."""
     last = _LastOperation()
     named = ""
-    try:
+
+    @contextmanager
+    def watch() -> Iterator[None]:
         with backend.no_synchronisation(), last:
-            trial.run(lambda k: _eagerly(program, 1))
+            yield
+
+    try:
+        trial.run(lambda k: _eagerly(program, 1), watch)
     except Exception as again:
         named, error = f"operation {last.name}, ", again
     return GraphCaptureError(f"the step cannot be captured: {named}at {_place(error)}: {_line(error)}")

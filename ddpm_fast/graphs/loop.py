@@ -132,8 +132,9 @@ class WhileGraph:
         """Launch on the device's current stream; returns at once. RuntimeError when the launch fails."""
         if self._executable is None:
             raise RuntimeError("a loop graph must not be launched after reset(); build it again")
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        (status, *_) = self._cuda.runtime.cudaGraphLaunch(self._executable, stream)
+        with torch.cuda.device(self.device):  # stream 0 is the current device's, whichever device the graph is on
+            stream = torch.cuda.current_stream().cuda_stream
+            (status, *_) = self._cuda.runtime.cudaGraphLaunch(self._executable, stream)
         if int(status):
             raise RuntimeError(f"cudaGraphLaunch of the sampling loop failed: {_name(status)}")
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -335,3 +336,27 @@ def test_a_process_of_its_own_has_the_exit_code_and_no_traceback(tmp_path: Path)
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "nowhere does not exist" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_end_clears_away_what_a_command_began(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores one of them
+
+    def command(**_: Any) -> None:
+        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN), "the test itself would end"
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    monkeypatch.setattr(cli.commands, "app", command)
+    try:
+        code, _, err = run()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert (code, err) == (130, "ddpm-fast: interrupted; nothing half-written is left\n")
+    assert list(tmp_path.iterdir()) == []

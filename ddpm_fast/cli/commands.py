@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +79,7 @@ def train(
         overrides=assignments(settings),
     )
     if not finished:
-        print(f"stopped; the same command goes on from the last state in {out / 'state'}", file=sys.stderr)
+        print(f"ddpm-fast: stopped; the same command goes on from the last state in {out / 'state'}", file=sys.stderr)
         raise SystemExit(130)
 
 
@@ -123,7 +127,8 @@ def main() -> None:
     """The entry point: a user's mistake costs one line on stderr and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *_: print(f"ddpm-fast: warning: {message}", file=sys.stderr)
     try:
-        code = app(standalone_mode=False)
+        with _ended_in_order():
+            code = app(standalone_mode=False)
         if code == 130:  # some versions of typer catch the interrupt and return this
             raise KeyboardInterrupt
         raise SystemExit(code)
@@ -137,6 +142,28 @@ def main() -> None:
         _fail(error.format_message())
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that closes, end a command as Ctrl-C does: its temporary files and the
+    processes that it began go with it. A signal that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    replaced = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str) -> None:

@@ -30,9 +30,14 @@ STRIP_SIDE = 1200  # the same for a film strip, which is wide
 
 def picture(image: np.ndarray) -> Image.Image:
     """[H, W, C] uint8 with C of 1, 3 or 4 -> a Pillow image."""
-    if image.shape[2] not in (1, 3, 4):
-        raise ValueError(f"a picture needs 1, 3 or 4 channels; got {image.shape[2]}; write an .npz instead")
+    check_channels(image.shape[2])
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def check_channels(channels: int, instead: str = "write an .npz instead") -> None:
+    """ValueError unless a picture can have so many channels."""
+    if channels not in (1, 3, 4):
+        raise ValueError(f"a picture needs 1, 3 or 4 channels; got {channels}; {instead}")
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1, side: int = GRID_SIDE) -> np.ndarray:

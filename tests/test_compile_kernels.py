@@ -5,7 +5,6 @@ A small selection, in processes without Triton's interpreter; `make kernels` com
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -147,7 +146,6 @@ def test_every_kernel_can_be_resident(convolutions: list[dict[str, Any]], elemen
     assert all(r["occupancy"] >= 0.25 for r in elementwise)
 
 
-NEWEST = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) >= (3, 7)
 ROWS = """
 import json, torch
 from benchmarks import aot, sass
@@ -185,9 +183,7 @@ def test_rows_of_one_image_compile_as_whole_images_do(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
     assert kernels.keys() == {"conv_kernel", "_norm_apply_kernel"}
-    assert kernels["_norm_apply_kernel"][0] == 0
-    # Two registers where Triton brings an older ptxas than the one that constraints.txt names.
-    assert kernels["conv_kernel"][0] <= (0 if NEWEST else 8)
+    assert {name: spills for name, (spills, _, _) in kernels.items() if spills} == {}
     _, matrix, bulk_loads = kernels["conv_kernel"]
     assert matrix.keys() == {"HGMMA"} and bulk_loads > 0
 

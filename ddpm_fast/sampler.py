@@ -86,7 +86,7 @@ class Sampler:
             )
         self.schedule, self.dtype, self.noise = schedule, dtype, noise
         self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
-        self.device = torch.device(device) if device is not None else _device_of(model)
+        self.device = _numbered(torch.device(device) if device is not None else _device_of(model))
         if graph not in ("auto", "none") and (why_not := why_no_graph(self.device)):
             raise ValueError(f"graph={graph!r} cannot be had: {why_not}; use graph='auto'")
         self.graph, self.guidance_scale = graph, guidance_scale
@@ -350,6 +350,13 @@ def _device_of(model: object) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return torch.device("cpu") if first is None else first.device
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The GPU that "cuda" means now; another one may be the current one when a sampler draws."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _expect_device(ops: Ops, device: torch.device) -> None:

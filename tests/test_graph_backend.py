@@ -15,6 +15,8 @@ import torch
 
 from ddpm_fast.graphs import backend as graph_backend
 from ddpm_fast.graphs.backend import CudaBackend
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedule import Schedule
 
 
 class Stream:
@@ -136,3 +138,12 @@ def test_a_failed_capture_leaves_a_process_that_draws_and_captures(machine: Mach
     with backend.side_stream():
         backend.capture(lambda: None)
     assert machine.graphs == ["reset", "instantiated"]
+
+
+def test_a_sampler_stays_on_the_gpu_that_was_the_current_one_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    how: Any = {"ops": "reference", "image_shape": (3, 4, 4)}
+    for device, wanted in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        sampler = Sampler(lambda x, t: x, Schedule(num_train_timesteps=2), 1, device=device, **how)
+        assert sampler.device == torch.device(wanted)

@@ -326,3 +326,38 @@ def test_a_callable_model_as_a_graph() -> None:
     assert not torch.equal(outcome[0], outcome[1])
     for form in range(1, 4):
         assert same_bits(outcome[2 * form : 2 * form + 2], outcome[:2])
+
+
+def test_weights_that_were_replaced_are_captured_anew() -> None:
+    """By `load_state_dict(assign=True)`, say, or an average swapped in; weights written in place need no capture."""
+    table = step_table(Schedule(num_train_timesteps=6))
+    net = torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.net(x)
+
+    graphed, plain = (CallableProgram(Net(), table, 2, (3, 4, 4), "cpu", ops.reference()) for _ in range(2))
+    backend = StandIn(written=lambda: [graphed.x, graphed.counter])
+    run = graphs.runner(graphed, "step", backend=backend, cache=GraphCache())
+    changes = (lambda: None, lambda: net.weight.mul_(2), lambda: net.load_state_dict(_halved(net), assign=True))
+    outcomes = []
+    for change, captures in zip(changes, (1, 1, 2)):
+        change()
+        for program in (graphed, plain):
+            program.begin(0)
+        run.advance(6)
+        for _ in range(6):
+            plain.step()
+        assert torch.equal(graphed.x, plain.x)
+        assert len(backend.captured) == captures
+        outcomes.append(graphed.x.clone())
+    assert not torch.equal(outcomes[0], outcomes[1]) and not torch.equal(outcomes[1], outcomes[2])
+
+
+def _halved(net: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value / 2 for name, value in net.state_dict().items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, threshold
 from ..ops import Ops, reference
@@ -96,7 +96,7 @@ class Program:
         self.seed.fill_((seed + 2**63) % 2**64 - 2**63)
         if not isinstance(ids, Tensor):
             ids = torch.tensor(list(range(self.batch_size) if ids is None else ids), device="cpu")
-        self.ids.copy_(ids)
+        self.ids.copy_(ids, non_blocking=True)  # the host does not wait for the batch before
         self.counter.zero_()
         self.label(labels)
         low = None if self.low is None else self.low[: self.batch_size]
@@ -158,6 +158,9 @@ class CallableProgram(Program):
 
     A model whose ``self_condition`` is true is called f(x, t, x0), where x0 is the (clipped) x_0 predicted at the
     step before, and zeros at the first (Chen et al. 2022).
+
+    Weights of an `nn.Module` may be replaced between batches. Those that any other callable holds may be written, and
+    not replaced: a captured step reads them where they were.
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any):
@@ -170,6 +173,7 @@ class CallableProgram(Program):
             self.labels: Tensor | None = None
             self.x0 = torch.zeros_like(self.x) if getattr(model, "self_condition", False) is True else None
             self._row = self.rows[:1].clone()
+        self.weights = _addresses(model)
 
     def state(self) -> list[Tensor | None]:
         """Beside x and the counter, what a step writes and a later one reads."""
@@ -178,6 +182,7 @@ class CallableProgram(Program):
     @torch.inference_mode()
     def begin(self, *args: Any, **kwargs: Any) -> None:
         super().begin(*args, **kwargs)
+        self.weights = _addresses(self.model)
         if self.x0 is not None:
             self.x0.zero_()
 
@@ -185,7 +190,7 @@ class CallableProgram(Program):
         if self.x0 is not None and labels is not None:
             raise ValueError("a model with self_condition is called f(x, t, x0): it takes no labels")
         if labels is None or self.labels is None or self.labels.shape != labels.shape:
-            self.labels = None if labels is None else labels.clone()
+            self.labels = None if labels is None else labels.to(self.device, copy=True)
         else:
             self.labels.copy_(labels)
 
@@ -244,9 +249,8 @@ class StepProgram(Program):
             if ops.initial_noise is not None or guidance_scale is not None:
                 channels = ops.input_channels(image_shape[0], prepared.dtype)
                 shape = (images, channels, *image_shape[1:])
-                self.low = torch.zeros(shape, dtype=prepared.dtype, device=self.device).contiguous(
-                    memory_format=torch.channels_last
-                )
+                layout = torch.channels_last
+                self.low = torch.empty(shape, dtype=prepared.dtype, device=self.device, memory_format=layout).zero_()
             times = table.times().to(self.device)
             if prepared.class_embedding is None:
                 self.time: TableRows | ClassRows = TableRows(prepared, times, self.counter)
@@ -290,6 +294,7 @@ class StepProgram(Program):
         if isinstance(self.time, ClassRows):
             if labels is None:
                 raise ValueError("this model is class-conditional: pass labels")
+            labels = labels.to(self.device)
             if self.guidance_scale is not None:
                 classes = self.prepared.config.num_class_embeds
                 assert classes is not None
@@ -348,6 +353,20 @@ class StepProgram(Program):
             base.tables + _bytes(*tables),
             weight_bytes(self.prepared),
         )
+
+
+def _addresses(model: object) -> tuple[int, ...]:
+    """Where a module's weights are."""
+    if not isinstance(model, nn.Module):
+        return ()
+    return tuple(_address(t) for t in (*model.parameters(), *model.buffers()))
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # a subclass of Tensor whose values lie in other tensors
+        return id(t)
 
 
 def _bytes(*tensors: Tensor | None) -> int:

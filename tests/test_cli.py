@@ -186,6 +186,7 @@ def test_help(run: Run):
     for words in ((), ("--help",), ("sample", "--help")):
         code, out, err = run(*words)
         assert (code, err) == (0, "") and len(out.splitlines()) > 8
+        assert "..." not in out.partition("Commands:")[2], "a command's summary is cut off"
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,10 @@ def bench(
     preset: Preset = None,
     settings: Settings = None,
 ) -> None:
-    """Time whole trajectories of several providers in turns: right first, then fast. Exit code 1 if ours is wrong.
+    """Time whole trajectories of several providers in turns.
 
-    On a CPU each provider has a process of its own, and all but one wait."""
+    Right first, then fast: exit code 1 if ours is wrong. On a CPU each provider has a process of its own, and all
+    but one wait."""
     from .. import roofline
     from ..benchmarking import providers as known
     from ..benchmarking import run as benchmark
@@ -154,7 +155,7 @@ def roofs(
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Measure what this device can do: copy bandwidth, peaks of matrix product and convolution."""
+    """Measure this device's peaks: copy, matrix product, convolution."""
     from .. import roofline
     from ..benchmarking.providers import DTYPES
 

@@ -103,7 +103,7 @@ def inspect(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """Print versions, devices, what is accelerated here and what is missing."""
+    """Print versions, devices, what is accelerated here and why not."""
     from ..inspection import diagnose, diagnose_text
 
     facts = diagnose()
@@ -114,13 +114,13 @@ for command in (
     engine.verify,
     engine.plan,
     export.export,
-    convert.convert,
     evaluate.evaluate,
     bench.roofs,
     profile.profile,
 ):
     app.command()(command)
 app.command(cls=bench.SeveralValues)(bench.bench)
+app.command(short_help="Write a checkpoint of any family as diffusers or OpenAI do.")(convert.convert)
 
 
 def main() -> None:

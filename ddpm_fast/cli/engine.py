@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -54,12 +55,11 @@ def plan(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="A folder, a weights file, a Hugging Face id, or a config.json. Default: the bundled model."
+            help="A folder, a weights file, a Hugging Face id, a config.json, or one of cifar10, lsun256, tiny. "
+            "Default: the bundled model."
         ),
     ] = None,
-    preset_model: Annotated[
-        str | None, typer.Option(help="A network without any file: cifar10, lsun256 or tiny.")
-    ] = None,
+    preset_model: Annotated[str | None, typer.Option(help="As SOURCE: cifar10, lsun256 or tiny.")] = None,
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 256,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l4, rtx4090 or rtx5090.")] = "h100",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: of the network.")] = "bfloat16",
@@ -69,9 +69,14 @@ def plan(
     preset: Preset = None,
     settings: Settings = None,
 ) -> None:
-    """Predict a step from shapes: each launch's FLOPs, bytes and time at a GPU's roofs; memory. Nothing runs."""
-    from ..planning import plan, plan_facts, plan_text
+    """Predict a step's time and memory on a GPU; nothing runs.
 
+    From shapes: each launch's FLOPs, bytes and time at that GPU's roofs."""
+    from ..planning import plan, plan_facts, plan_text
+    from ..presets import PRESETS
+
+    if preset_model is None and source in PRESETS and not Path(str(source)).exists():
+        source, preset_model = None, source
     title, config, schedule = described(source, preset_model, preset, assignments(settings))
     planned = plan(config, schedule, batch, gpu, _dtype(dtype), steps)
     if as_json:

@@ -42,7 +42,9 @@ def evaluate(
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Frechet distance and KID of samples against images; or with --pair whether two sets differ."""
+    """Measure how far samples are from images: Frechet distance, KID.
+
+    Or with --pair whether two sets of samples of one model differ."""
     from ..evaluation.features import extractor
     from ..whole_files import make_folder
 

@@ -12,7 +12,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A set of shards that ddpm-fast sample drew.")],
     out: Annotated[Path, typer.Argument(help=".npz: arr_0 (and arr_1, labels); .tar: webdataset; else PNGs there.")],
 ) -> None:
-    """Write a set of shards as one .npz, a webdataset .tar or a folder of PNGs. Checksums are compared."""
+    """Write a set of shards as one .npz, a .tar or a folder of PNGs.
+
+    Its checksums are compared; the .tar is a webdataset's."""
     from ..store import SampleStore
     from ..store.export import export
 

@@ -31,7 +31,9 @@ def profile(
     preset: Preset = None,
     settings: Settings = None,
 ) -> None:
-    """Time every operation of a step against this device's measured roofs, largest gap first."""
+    """Time every operation of a step against this device's roofs.
+
+    The roofs are measured here; the largest gap comes first."""
     from .. import report, roofline
     from ..images import make_folder
     from ..profiling import profile as measure

@@ -50,7 +50,7 @@ def _pair_kernel(words_ptr, out_ptr, BOX_MULLER: tl.constexpr, BLOCK: tl.constex
     tl.store(out_ptr + 2 * i + 1, z1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])  # step 1 would be a plain int, without .to
 def _normal_kernel(
     seed_ptr, ids_ptr, out_ptr, step, SPLIT: tl.constexpr, NORMAL: tl.constexpr, AT: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -1,15 +1,71 @@
-"""What callers pass as numbers: Python's own, numpy's, and tensors of one element."""
+"""What callers pass, checked: whatever is wrong is a ValueError of one line, before anything is computed."""
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def whole_number(name: str, value: object) -> int:
-    """``value`` as an int. ValueError, naming the argument, for what is no whole number; True is none."""
+    """``value`` as an int: numpy's integers too, and tensors of one element. True is no number."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be a whole number; got {value!r}") from None
+
+
+def number(name: str, value: object, positive: bool = False) -> float:
+    """``value`` as a finite float. ValueError, naming the argument, for what is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
+    if positive and value <= 0:
+        raise ValueError(f"{name} must be above 0; got {value!r}")
+    return float(value)
+
+
+def shape_of_images(value: Any) -> tuple[int, int, int]:
+    """(C, H, W), each 1 or more."""
+    try:
+        c, h, w = (operator.index(size) for size in value)
+    except (TypeError, ValueError):
+        c = h = w = 0
+    if min(c, h, w) < 1:
+        raise ValueError(f"image_shape must be (C, H, W), three positive integers; got {value!r}")
+    return c, h, w
+
+
+def check_noise(noise: object) -> None:
+    """ValueError unless it is a name, a torch.Generator, or a list of them."""
+    if isinstance(noise, str):
+        right = noise in ("philox", "torch")
+    else:
+        each = noise if isinstance(noise, (list, tuple)) else [noise]
+        right = bool(each) and all(isinstance(g, torch.Generator) for g in each)
+    if not right:
+        raise ValueError(f"noise must be 'philox', 'torch', a torch.Generator or a list of one an image; got {noise!r}")
+
+
+def whole_labels(labels: Any, device: torch.device) -> Tensor:  # [...] int64 on the device
+    """Class numbers. ValueError for what are no whole numbers."""
+    try:
+        given = torch.as_tensor(labels, device=device)
+        wrong = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
+    except (TypeError, ValueError, RuntimeError):
+        wrong = True
+    if wrong:
+        raise ValueError(f"labels must be whole numbers; got {labels!r}")
+    return given.to(torch.int64)
+
+
+def check_device(device: torch.device) -> torch.device:
+    """It. ValueError for a GPU where torch sees none."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} cannot be had: torch sees no CUDA GPU here; see ddpm-fast doctor")
+    return device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import whole_number
+from .arguments import check_device, check_noise, number, shape_of_images, whole_labels, whole_number
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
 from .engine.call import Call, Shown, check_numbers, padded, strides
 from .engine.choose_ops import choose_ops
@@ -71,14 +71,18 @@ class Sampler:
         guidance_scale: float | None = None,
         time_scale: float | None = None,
     ):
+        if not isinstance(schedule, Schedule) or not callable(model):
+            raise ValueError(
+                f"Sampler needs a model that can be called and a Schedule; got {type(model).__name__} and "
+                f"{type(schedule).__name__} (of a diffusers scheduler: Schedule.from_dict(scheduler.config))"
+            )
         if batch_size != "auto":
             batch_size = _batch_size(batch_size)
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
         if graph not in GRAPHS:
             raise ValueError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}")
-        if isinstance(noise, str) and noise not in ("philox", "torch"):
-            raise ValueError(f"noise must be 'philox', 'torch' or a torch.Generator; got {noise!r}")
+        check_noise(noise)
         if batch_size == "auto" and (noise == "torch" or isinstance(noise, torch.Generator)):
             raise ValueError(
                 "batch_size='auto' needs noise that does not depend on the batch; got one torch generator for all "
@@ -86,11 +90,12 @@ class Sampler:
             )
         self.schedule, self.dtype, self.noise = schedule, dtype, noise
         self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
-        self.device = _numbered(torch.device(device) if device is not None else _device_of(model))
+        self.device = _numbered(check_device(torch.device(device)) if device is not None else _device_of(model))
         if graph not in ("auto", "none") and (why_not := why_no_graph(self.device)):
             raise ValueError(f"graph={graph!r} cannot be had: {why_not}; use graph='auto'")
-        self.graph, self.guidance_scale = graph, guidance_scale
-        self.image_shape = image_shape or _image_shape(model)
+        self.graph = graph
+        self.guidance_scale = None if guidance_scale is None else number("guidance_scale", guidance_scale)
+        self.image_shape = shape_of_images(_image_shape(model) if image_shape is None else image_shape)
         batch = batch_size if isinstance(batch_size, int) else None
         self.ops, self.ops_reason = choose_ops(ops, self.device, model, dtype, self.image_shape, batch, len(self.table))
         if isinstance(model, UNet):  # now, not when a set of images has been begun
@@ -141,7 +146,8 @@ class Sampler:
                     "line, --label)"
                 )
             return None
-        labels = torch.as_tensor(labels, device=self.device)
+        classes = self.num_classes
+        labels = torch.as_tensor(labels, device=self.device) if classes is None else whole_labels(labels, self.device)
         if labels.ndim == 0:
             labels = labels.expand(n)
         if len(labels) != n:
@@ -149,7 +155,6 @@ class Sampler:
         if isinstance(self.model, UNet):
             if self.model.class_embedding is None:
                 raise ValueError("this model has no classes, so it takes no labels")
-            classes = self.num_classes
             low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
             if classes is not None and not 0 <= low <= high < classes:
                 got = f"{low}..{high}" if low < high else low
@@ -185,6 +190,7 @@ class Sampler:
         if interval is None:
             each_step = callback is not None or self.device.type == "cpu"
             interval = 1 if each_step else max(1, len(self.table) // 50)
+        interval = whole_number("interval", interval)
         if interval < 1:
             raise ValueError(f"interval must be 1 or more; got {interval}")
         all_labels = self.checked_labels(labels, n)

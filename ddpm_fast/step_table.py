@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .arguments import whole_number
+from .arguments import number, whole_number
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
 from .respacing import sections
 from .schedule import LEAST_SIGNAL, METHODS, SECTIONS, SPACINGS, Schedule
@@ -62,12 +62,11 @@ def step_table(
         eta = schedule.eta if own else 0.0
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if not 0 <= eta <= 1:
+    if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta must be in [0, 1]; got {eta}")
     if method == "ddpm" and eta:
         raise ValueError(f"eta belongs to method='ddim'; got eta={eta} with method='ddpm'")
-    if time_scale is None:
-        time_scale = schedule.time_scale
+    time_scale = schedule.time_scale if time_scale is None else number("time_scale", time_scale, positive=True)
     if steps is None and schedule.timestep_respacing:
         steps = schedule.timestep_respacing
     if steps is None and own:

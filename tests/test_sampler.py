@@ -372,7 +372,10 @@ def test_image_shape_overrides_the_model_s_size():
         ({"dtype": torch.float64}, "dtype must be one of float32, bfloat16, float16; got torch.float64"),
         ({"graph": "yes"}, "graph must be .*; got 'yes'"),
         ({"ops": "cuda"}, "ops must be .*; got 'cuda'"),
-        ({"noise": "white"}, "noise must be 'philox', 'torch' or a torch.Generator; got 'white'"),
+        (
+            {"noise": "white"},
+            "noise must be 'philox', 'torch', a torch.Generator or a list of one an image; got 'white'",
+        ),
         ({"method": "heun"}, "method must be one of ddpm, ddim; got 'heun'"),
         ({"steps": 21}, "steps must be between 1 and num_train_timesteps=20; got 21"),
         ({"image_shape": None}, r"image_shape=\(C, H, W\) is needed: the model does not state its image size"),

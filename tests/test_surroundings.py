@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from models import TINY, unet
 from torch import Tensor
 
@@ -109,6 +110,9 @@ def test_numbers_may_be_numpy_s_or_tensors():
     assert torch.equal(streams[0], streams[1]) and torch.equal(streams[0], streams[2])
 
 
+NOISES = "'philox', 'torch', a torch.Generator or a list of one an image"
+
+
 @pytest.mark.parametrize(
     "options, call, message",
     [
@@ -120,9 +124,43 @@ def test_numbers_may_be_numpy_s_or_tensors():
         ({}, {"n": "2"}, "n must be a whole number; got '2'"),
         ({}, {"n": 1, "seed": 0.5}, "seed must be a whole number; got 0.5"),
         ({}, {"n": 1, "first_id": None}, "first_id must be a whole number; got None"),
+        ({}, {"n": 1, "interval": 1.5}, "interval must be a whole number; got 1.5"),
+        ({"image_shape": (8, 8)}, {}, "image_shape must be (C, H, W), three positive integers; got (8, 8)"),
+        ({"image_shape": (3, 8.0, 8)}, {}, "image_shape must be (C, H, W), three positive integers; got (3, 8.0, 8)"),
+        ({"image_shape": (3, 0, 0)}, {}, "image_shape must be (C, H, W), three positive integers; got (3, 0, 0)"),
+        ({"image_shape": 8}, {}, "image_shape must be (C, H, W), three positive integers; got 8"),
+        ({"method": "ddim", "eta": "1"}, {}, "eta must be a finite number; got '1'"),
+        ({"time_scale": -1.0}, {}, "time_scale must be above 0; got -1.0"),
+        ({"time_scale": float("nan")}, {}, "time_scale must be a finite number; got nan"),
+        ({"guidance_scale": float("inf")}, {}, "guidance_scale must be a finite number; got inf"),
+        ({"noise": 5}, {}, f"noise must be {NOISES}; got 5"),
+        ({"noise": []}, {}, f"noise must be {NOISES}; got []"),
+        ({"noise": [None]}, {}, f"noise must be {NOISES}; got [None]"),
     ],
 )
 def test_what_is_no_number(options: dict[str, Any], call: dict[str, Any], message: str):
     with pytest.raises(ValueError) as error:
         df.Sampler(unet(TINY), SCHEDULE, **options).sample(**call)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("labels", ["a", 0.5, [0, 1.5], True, torch.tensor([0.0, 1.0])], ids=str)
+def test_labels_are_whole_numbers(labels: Any):
+    sampler = df.Sampler(unet({**TINY, "num_class_embeds": 3}), SCHEDULE, steps=1)
+    with pytest.raises(ValueError, match=r"^labels must be whole numbers; got .*$"):
+        sampler.sample(2, labels=labels)
+
+
+def test_what_is_no_model_or_schedule():
+    scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match=r"got UNet and DDPMScheduler \(.*Schedule.from_dict\(scheduler.config\)\)$"):
+        df.Sampler(unet(TINY), scheduler)
+    assert df.Schedule.from_dict(scheduler.config) == df.Schedule()  # what the message recommends
+    with pytest.raises(ValueError, match="a model that can be called and a Schedule; got NoneType and Schedule"):
+        df.Sampler(None, SCHEDULE)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_here():
+    with pytest.raises(ValueError, match="device='cuda:1' cannot be had: torch sees no CUDA GPU here; see ddpm-fast"):
+        df.Sampler(unet(TINY), SCHEDULE, device="cuda:1")

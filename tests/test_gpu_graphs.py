@@ -1,7 +1,9 @@
-"""Graphs on a GPU: the same bits as eager steps, as few launches as promised, no waiting, no allocation."""
+"""Graphs on a GPU: the same bits as eager steps, as few launches as promised, no waiting, no allocation, and the
+process as it was before."""
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -167,38 +169,18 @@ def test_whole_samples_do_not_depend_on_the_form(form: str) -> None:
 # --- what a replay costs ---
 
 
-def launches_seen(run: Runner, k: int) -> int:
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run.advance(k)
-        torch.cuda.synchronize()
-    return sum(event.name.startswith(("cudaGraphLaunch", "cuGraphLaunch")) for event in profile.events())
-
-
-def test_the_profiler_sees_the_launches_that_the_runner_counts(form: str, cache: GraphCache) -> None:
-    steps = CHUNK_STEPS + 4
-    program = fused(steps, n=1)
-    run = graphs.runner(program, form, cache=cache)
-    program.begin(0, [0])
-    run.advance(steps)
-    before = run.launches
-    program.begin(0, [0])
-    seen = launches_seen(run, steps)
-    assert seen == run.launches - before == {"step": steps, "chunk": 1 + 4, "loop": 1}[form]
-
-
 def test_advancing_neither_waits_nor_allocates(form: str, cache: GraphCache) -> None:
     program = fused()
     run = graphs.runner(program, form, cache=cache)
     replayed(run, program, 0, [0, 1, 2], [1, 11])
     pointers = [t.data_ptr() for t in (program.x, program.counter, program.seed, program.ids)]
-    program.begin(1, [3, 4, 5])
+    ids = torch.tensor([3, 4, 5])
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        program.begin(1, ids)
         for k in (1, 4, 7):
             run.advance(k)
     finally:
@@ -273,7 +255,34 @@ def test_close_gives_the_memory_back(form: str, cache: GraphCache) -> None:
         run.advance(12)
         run.close()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**22  # a cuBLAS workspace of the side stream may stay
+    assert torch.cuda.memory_reserved() <= before + 2**22  # two of the allocator's smallest segments
+
+
+def test_capturing_needs_no_memory_of_its_own(form: str, cache: GraphCache) -> None:
+    """So that the most that was ever in use is what the program's plan says."""
+    program = fused(n=256)
+    eager(program, 0, list(range(256)))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert graphs.runner(program, form, cache=cache).kind == form
+    assert torch.cuda.max_memory_allocated() <= before + 2**16  # the stop word, and torch's generator's two
+    assert program.memory.activations > 2**24, "far more than that"
+
+
+def test_what_a_program_holds_is_what_its_plan_says() -> None:
+    eager(fused(n=1), 0, [0])  # cuBLAS takes a workspace, once
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    program = fused(n=256)
+    torch.cuda.reset_peak_memory_stats()
+    eager(program, 0, list(range(256)))
+    held, use = torch.cuda.memory_allocated() - before, program.memory
+    planned = use.arena + use.static + use.tables + use.weights
+    assert use.outside == 0
+    # Each tensor takes whole blocks of 512 bytes, and of a segment what is not worth splitting off: up to 1 MiB.
+    assert planned <= held <= 1.01 * planned + 3 * 2**20
+    assert torch.cuda.max_memory_allocated() - before <= held + 2**16, "a step takes no more"
 
 
 # --- what cannot be captured ---
@@ -309,10 +318,12 @@ def test_what_cannot_be_captured_is_named_and_runs_eagerly(model: Any, named: st
         assert torch.equal(replayed(run, program, 0, [0, 1], [6]), want)
     with pytest.raises(GraphCaptureError, match=named):
         graphs.runner(program, "step", cache=cache).advance(1)
-    # and nothing of it stays behind: memory comes and goes, and the next capture is a good one
+    # and nothing of it stays behind: random numbers come, memory comes and goes, and the next capture is a good one
     before = torch.cuda.memory_allocated()
-    x = torch.ones(2**20, device="cuda")
-    del x
+    x = torch.rand(2**20, device="cuda")
+    y = torch.ones(2**10, pin_memory=True)
+    assert x.std() > 0 and y.sum() == 2**10
+    del x, y
     assert torch.cuda.memory_allocated() == before
     good = fused(n=1)
     run = graphs.runner(good, "step", cache=cache)
@@ -326,6 +337,26 @@ def test_random_numbers_of_torch_s_own_generator_do_not_loop(cache: GraphCache) 
     run = graphs.runner(program, "auto", cache=cache)
     with pytest.warns(UserWarning, match="graph='loop' becomes 'chunk'"):
         assert run.kind == "chunk"
+
+
+def test_random_numbers_of_torch_s_own_generator_are_those_of_eager_steps(cache: GraphCache) -> None:
+    program = foreign(lambda x, t: x * 0.5 + torch.randn_like(x))
+    outcomes = []
+    for form in ("none", "step", "chunk"):
+        torch.manual_seed(7)
+        outcomes.append(replayed(graphs.runner(program, form, cache=cache), program, 0, [0, 1], [6]))
+    assert torch.equal(outcomes[1], outcomes[0]) and torch.equal(outcomes[2], outcomes[0])
+
+
+def test_others_capture_outside_inference_mode_beside_ours(cache: GraphCache) -> None:
+    run = graphs.runner(fused(n=1), "step", cache=cache)
+    assert run.kind == "step"
+    x = torch.zeros(4, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += torch.rand_like(x)
+    graph.replay()
+    assert (x > 0).all()
 
 
 # --- the loop's parts ---
@@ -352,3 +383,38 @@ def test_another_stream(form: str, cache: GraphCache) -> None:
     with torch.cuda.stream(stream):
         got = replayed(run, program, 6, [1, 2, 3], [5, 7])
     assert torch.equal(got, want)
+
+
+# --- last, for a profiler's hooks stay in the process, and have broken graphs with loops that were built under them ---
+
+
+def host_calls(run: Runner, k: int) -> tuple[int, int]:
+    """(graphs, kernels) that the host launches in k steps."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run.advance(k)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    kinds = (("cudaGraphLaunch", "cuGraphLaunch"), ("cudaLaunchKernel", "cuLaunchKernel"))
+    graphs, kernels = (sum(name.startswith(kind) for name in names) for kind in kinds)
+    return graphs, kernels
+
+
+def test_the_profiler_sees_the_launches_that_the_runner_counts(form: str, cache: GraphCache) -> None:
+    steps = CHUNK_STEPS + 4
+    program = fused(steps, n=1)
+    run = graphs.runner(program, form, cache=cache)
+    program.begin(0, [0])
+    run.advance(steps)
+    before = run.launches
+    program.begin(0, [0])
+    seen, kernels = host_calls(run, steps)
+    expected = {"step": steps, "chunk": 1 + 4, "loop": 1}[form]
+    assert kernels == 0 and run.launches - before == expected
+    if form == "loop":  # launched by cuda-bindings, whose runtime is another than torch's: maybe out of sight
+        assert seen <= 1
+    else:
+        assert seen == expected
+    program.begin(0, [0])
+    assert host_calls(graphs.runner(program, "none", cache=cache), 2)[1] > 0, "it sees what is launched one by one"

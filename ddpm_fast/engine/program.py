@@ -189,10 +189,11 @@ class CallableProgram(Program):
     def label(self, labels: Tensor | None) -> None:
         if self.x0 is not None and labels is not None:
             raise ValueError("a model with self_condition is called f(x, t, x0): it takes no labels")
-        if labels is None or self.labels is None or self.labels.shape != labels.shape:
+        kept = self.labels
+        if labels is None or kept is None or (kept.shape, kept.dtype) != (labels.shape, labels.dtype):
             self.labels = None if labels is None else labels.to(self.device, copy=True)
         else:
-            self.labels.copy_(labels)
+            kept.copy_(labels)
 
     def predict(self) -> Tensor:
         torch.index_select(self.times, 0, self.counter[:1], out=self._now)

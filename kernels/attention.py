@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import Launch, cdiv, jit, next_power_of_2, require, tl, triton
+from .launch import Launch, after_previous, cdiv, jit, next_power_of_2, require, start, tl, triton
 from .norm_stats import nhwc_strides
 
 __all__ = ["attention", "attention_launch"]
@@ -47,8 +47,11 @@ def _attention_kernel(
     BM: tl.constexpr, BN: tl.constexpr,  # queries, keys
     BD: tl.constexpr,  # channels of a slice
     WIDEN: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BM queries of one head of one image, and BD channels of their result."""
+    if PDL:
+        after_previous()
     TILES: tl.constexpr = (T + BM - 1) // BM
     SLICES: tl.constexpr = (D + BD - 1) // BD
     pid = tl.program_id(0)
@@ -118,6 +121,7 @@ def attention(
     heads: int,
     *,
     out: Tensor | None = None,
+    pdl: bool = False,  # as a programmatic dependent launch; see launch.start
 ) -> Tensor:  # [N, D, H, W] channels_last, in qkv's dtype
     """`reference.attention` in one launch. Raises ValueError for shapes, dtypes and memory that do not fit."""
     n, width, h, w = qkv.shape
@@ -129,9 +133,10 @@ def attention(
     launch = attention_launch(h * w, d, qkv.dtype)
     grid = (n * heads * cdiv(h * w, launch.meta["BM"]), cdiv(d, launch.meta["BD"]))
     interpreted = triton is not None and not isinstance(_attention_kernel, triton.JITFunction)
-    _attention_kernel[grid](
+    start(
+        _attention_kernel, grid, qkv.device,
         qkv, y, qkv_n, y_n, math.log2(math.e) / math.sqrt(d), h * w, heads, d, qkv_p, y_p,
-        WIDEN=interpreted, **launch.options(),
+        WIDEN=interpreted, pdl=pdl, **launch.options(),
     )  # fmt: skip
     return y
 

@@ -50,6 +50,7 @@ def conv(
     stats_out: Tensor | None = None,  # float32 [N, P, 3, K], contiguous: where the statistics go
     launch: Launch | None = None,  # instead of launch_conv's choice; BM, BN and RUN in its meta
     arch: int | None = None,  # whose choices to take; None: the device's
+    pdl: bool = False,  # as a programmatic dependent launch; see launch.start
 ) -> Tensor | tuple[Tensor, Tensor]:  # [N, K, H', W'] in x's dtype (and float32 [N, P, 3, K])
     """`reference.conv` in one launch: the sum in float32, rounded once. Raises ValueError for what does not fit.
 
@@ -62,8 +63,9 @@ def conv(
     if packed.phases != 1:
         raise ValueError("conv needs weights from pack_conv; got those of pack_upsample_conv; pack them again")
     return _run(
-        shape, x, packed, bias, skip, time, row, residual, shortcut, scale, with_stats, out, stats_out, launch, arch
-    )
+        shape, x, packed, bias, skip, time, row, residual, shortcut, scale, with_stats, out, stats_out, launch, arch,
+        pdl,
+    )  # fmt: skip
 
 
 def upsample_conv(
@@ -81,6 +83,7 @@ def upsample_conv(
     stats_out: Tensor | None = None,
     launch: Launch | None = None,
     arch: int | None = None,
+    pdl: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # [N, K, 2H, 2W]
     """`reference.upsample_conv` in one launch: four 2x2 convolutions at the low resolution, 4/9 of the products.
 
@@ -92,8 +95,9 @@ def upsample_conv(
     n, _, h, w = x.shape
     shape = ConvShape(n, h, w, _channels(x, None), packed.out_channels, upsample=True)
     return _run(
-        shape, x, packed, bias, None, time, row, residual, shortcut, scale, with_stats, out, stats_out, launch, arch
-    )
+        shape, x, packed, bias, None, time, row, residual, shortcut, scale, with_stats, out, stats_out, launch, arch,
+        pdl,
+    )  # fmt: skip
 
 
 # Operands that a descriptor may describe.
@@ -120,6 +124,7 @@ def _run(
     stats_out: Tensor | None,
     launch: Launch | None,
     arch: int | None,
+    pdl: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if x.dtype not in DTYPES:
         raise ValueError(f"the fused convolution takes bfloat16, float16 or float32; got {x.dtype}; use reference")
@@ -151,11 +156,13 @@ def _run(
     tensors["stats"] = stats = empty_stats((n, shape.parts, 3, k), x.device, stats_out) if with_stats else None
     require(device_code.conv_kernel, *tensors.values())
     spec = specialization(shape, architecture(x) if arch is None else arch, launch)
-    enqueue(spec, tensors, {"images": n, "scale": float(scale)})
+    enqueue(spec, tensors, {"images": n, "scale": float(scale)}, pdl)
     return (y, stats) if stats is not None else y
 
 
-def enqueue(spec: Specialization, tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any]) -> None:
+def enqueue(
+    spec: Specialization, tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any], pdl: bool = False
+) -> None:
     """Launch ``spec`` on the current stream, its descriptors made from the tensors."""
     arguments: dict[str, Any] = dict(scalars)
     for name, kind in spec.signature.items():
@@ -164,8 +171,8 @@ def enqueue(spec: Specialization, tensors: Mapping[str, Tensor | None], scalars:
             arguments[name] = _descriptor(tensor, spec.boxes[name]) if name in spec.boxes else tensor
     launch = spec.launch
     device = next(t.device for t in tensors.values() if t is not None)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    start(spec.kernel, (spec.programs,), device, **arguments, **spec.constexprs, **options)
+    arguments |= {**spec.constexprs, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    start(spec.kernel, (spec.programs,), device, pdl=pdl, **arguments)
 
 
 def _descriptor(x: Tensor, box: tuple[int, ...]) -> Any:

@@ -13,7 +13,7 @@ so do the statistics (`_part_sums`). That keeps a sample's bits the same in any 
 
 from __future__ import annotations
 
-from .launch import constexpr, jit, tl
+from .launch import after_previous, constexpr, jit, tl
 
 # How a slice of an input is fetched.
 BOX = constexpr(0)  # descriptor [images, H, W, C]; the tap shifts the box, and what lies outside is zero
@@ -196,8 +196,11 @@ def conv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, SHORT_BC: tl.constexpr,
     PART: tl.constexpr, RUN: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies bfloat16 as bit patterns: widen there
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile [BN channels, BM pixels] of `reference.conv` or of one phase of `reference.upsample_conv`."""
+    if PDL:
+        after_previous()
     # Neighbouring programs share input pixels: output channels first, then phases, then pixels.
     K_TILES: tl.constexpr = (K + BN - 1) // BN
     pid = tl.program_id(0)

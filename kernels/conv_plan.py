@@ -125,7 +125,8 @@ def _specialize(shape: ConvShape, arch: int, launch: Launch | None) -> Specializ
         "SIZE": 2 if shape.upsample else shape.size, "STRIDE": shape.stride, "TOP": top, "LEFT": left,
         "PHASES": shape.phases, "TIME": {"none": 0, "one": 1, "row": 1, "image": 2}[shape.time_rows],
         "SCALED": shape.scaled, "MODE": mode, "SHORT_MODE": short_mode,
-        "BC": shape.depth, "SHORT_BC": _short_depth(shape), "PART": shape.part, "WIDEN": interpreted(), **launch.meta,
+        "BC": shape.depth, "SHORT_BC": _short_depth(shape), "PART": shape.part, "WIDEN": interpreted(), "PDL": False,
+        **launch.meta,
     }  # fmt: skip
     return Specialization(
         kernel=device_code.conv_kernel,

@@ -13,7 +13,7 @@ from .conv_check import check_operands, check_packed, check_size
 from .conv_kernel import accumulate, corner, pixels
 from .conv_pack import PackedConv, pack_step_conv, step_rows
 from .conv_plan import DTYPES, GATHER, ConvShape, Specialization, fetch_modes, interpreted, source_boxes
-from .launch import Launch, cdiv, jit, next_power_of_2, require, strides, tl
+from .launch import Launch, after_previous, cdiv, jit, next_power_of_2, require, strides, tl
 from .launch_conv import step_launch
 from .sampler_step import advance, step_update, store_low, tile_noise
 
@@ -42,9 +42,11 @@ def conv_step_kernel(
     y_c: tl.constexpr, y_p: tl.constexpr, low_c: tl.constexpr, low_p: tl.constexpr,
     VARIANCE: tl.constexpr, ALIGNED: tl.constexpr,
     MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, CP: tl.constexpr, LOW_CP: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM pixels of one image: its rows of M are padded to whole tiles. Reads x_t only where it writes x_prev."""
+    if PDL:
+        after_previous()
     m0 = tl.program_id(0) * BM
     n, h, w, valid = pixels(m0, images, ROWS, H, W, BM)
     an, ah, aw = corner(n, h, w, valid, m0, images, ROWS, W, 1, MODE)
@@ -114,7 +116,7 @@ def step_specialization(
         "LOW_C": low_channels, "SIZE": shape.size, "VARIANCE": sampler_step.VARIANCES[variance],
         "ALIGNED": h * w % 4 == 0, "MODE": mode, "CP": rows_each,
         "LOW_CP": max(rows_each, next_power_of_2(low_channels)), "BC": shape.depth, "WIDEN": interpreted(),
-        "BM": bm, "BN": bn,
+        "BM": bm, "BN": bn, "PDL": False,
     }  # fmt: skip
     return Specialization(
         kernel=conv_step_kernel,
@@ -141,6 +143,7 @@ def conv_step(
     low: Tensor | None = None,  # [N, C' >= C, H, W]: x_prev in low precision, zeros above C, for the next conv_in
     launch: Launch | None = None,
     arch: int | None = None,
+    pdl: bool = False,  # as a programmatic dependent launch; see launch.start
 ) -> Tensor:  # [N, C, H, W] float32: x_{t-1}
     """`reference.conv`, then `reference.sampler_step` on its output, in one launch.
 
@@ -180,5 +183,5 @@ def conv_step(
         layout=(*x_layout, *y_layout, *low_layout), launch=launch,
     )  # fmt: skip
     scalars = {"images": n, "programs": spec.programs, "x_n": x_n, "y_n": y_n, "low_n": low_n}
-    enqueue(spec, tensors, scalars)
+    enqueue(spec, tensors, scalars, pdl)
     return y

@@ -71,8 +71,27 @@ def require(kernel: Any, *tensors: Tensor | None) -> None:
         )
 
 
-def start(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](...)`` on ``device``, that of its tensors: Triton itself takes whichever device is current."""
+@jit
+def after_previous():
+    """Wait for the launch before this one to end, then let the one behind it be set up: a kernel's first instructions.
+
+    Each of our kernels begins so where PDL is set, in every program, before it touches memory. A launch that is set up
+    early then finds all before it done, and not just the last: that one waited before it let anyone be set up.
+    """
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, pdl: bool = False, **options: Any
+) -> None:
+    """``kernel[grid](...)`` on ``device``, that of its tensors: Triton itself takes whichever device is current.
+
+    pdl: as a programmatic dependent launch, where the device has them (sm_90 and newer). The kernel has to call
+    `after_previous` under its constexpr PDL.
+    """
+    if pdl and isinstance(kernel, triton.JITFunction) and torch.cuda.get_device_capability(device) >= (9, 0):
+        options |= {"PDL": True, "launch_pdl": True}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)
 

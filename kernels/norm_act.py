@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import cdiv, jit, norm_apply_launch, norm_tile_launch, require, start, tl
+from .launch import after_previous, cdiv, jit, norm_apply_launch, norm_tile_launch, require, start, tl
 from .norm_stats import group_stats, merge_size, merge_stats, nhwc_strides, stats_size
 
 __all__ = ["group_stats", "merge_stats", "norm_act", "workspace_size"]
@@ -134,9 +134,11 @@ def _norm_apply_kernel(
     x_p: tl.constexpr, skip_p: tl.constexpr, residual_p: tl.constexpr, y_p: tl.constexpr,
     PARTS: tl.constexpr, SKIP_PARTS: tl.constexpr, SILU: tl.constexpr,
     CGP: tl.constexpr, NG: tl.constexpr, PB: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: TILES * BLOCK_P pixels of BLOCK_C channels of one image; it merges the NG groups they touch."""
+    if PDL:
+        after_previous()
     C: tl.constexpr = C1 + C2
     RUN: tl.constexpr = TILES * BLOCK_P
     RUNS: tl.constexpr = (HW + RUN - 1) // RUN
@@ -189,9 +191,11 @@ def _norm_tile_kernel(
     residual_ptr, y_ptr, x_n, skip_n, residual_n, y_n, bias_row_n, scale_shift_n, eps,
     C1: tl.constexpr, C2: tl.constexpr, HW: tl.constexpr, CG: tl.constexpr,
     x_p: tl.constexpr, skip_p: tl.constexpr, residual_p: tl.constexpr, y_p: tl.constexpr, SILU: tl.constexpr,
-    CGP: tl.constexpr, NG: tl.constexpr, BLOCK_P: tl.constexpr,
+    CGP: tl.constexpr, NG: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: NG whole groups, all pixels of one image, in one tile [BLOCK_P, NG * CGP]."""
+    if PDL:
+        after_previous()
     C: tl.constexpr = C1 + C2
     n = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, NG * CGP)
@@ -257,6 +261,7 @@ def norm_act(
     skip_stats: Tensor | None = None,  # [N, P', 3, C2]
     out: Tensor | None = None,
     workspace: Tensor | None = None,  # float32 [workspace_size(x, skip, stats, skip_stats)]; None: allocated
+    pdl: bool = False,  # as programmatic dependent launches; see launch.start
 ) -> Tensor:  # [N, C, H, W] channels_last, in x's dtype
     """`reference.norm_act` in one launch, or two to three where no producer left statistics and a group is large.
 
@@ -278,29 +283,34 @@ def norm_act(
     if launch is not None:
         require(_norm_tile_kernel, *tensors)
         grid = (n, cdiv(groups, launch.meta["NG"]))
-        start(_norm_tile_kernel, grid, x.device, x, skip, *parameters, SILU=silu, **launch.options())
+        start(_norm_tile_kernel, grid, x.device, x, skip, *parameters, SILU=silu, pdl=pdl, **launch.options())
         return y
     require(_norm_apply_kernel, *tensors)
-    stats, skip_stats = _statistics(x, skip, stats, skip_stats, workspace)
+    stats, skip_stats = _statistics(x, skip, stats, skip_stats, workspace, pdl)
     parts, skip_parts = stats.shape[1], 0 if skip_stats is None else skip_stats.shape[1]
     launch = norm_apply_launch(channels, groups, h * w, x.element_size(), max(parts, skip_parts))
     runs = cdiv(h * w, launch.meta["TILES"] * launch.meta["BLOCK_P"])
     grid = (n * runs, cdiv(channels, launch.meta["BLOCK_C"]))
     inputs = (x, skip, stats, skip_stats, *parameters, parts, skip_parts)
-    start(_norm_apply_kernel, grid, x.device, *inputs, SILU=silu, **launch.options())
+    start(_norm_apply_kernel, grid, x.device, *inputs, SILU=silu, pdl=pdl, **launch.options())
     return y
 
 
 def _statistics(
-    x: Tensor, skip: Tensor | None, stats: Tensor | None, skip_stats: Tensor | None, workspace: Tensor | None
+    x: Tensor,
+    skip: Tensor | None,
+    stats: Tensor | None,
+    skip_stats: Tensor | None,
+    workspace: Tensor | None,
+    pdl: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The producers' statistics, thinned where they are many, and our own where there are none."""
     rest = None if workspace is None else workspace.view(-1)[_space(x, stats) :]
     own = stats is None, skip is not None and skip_stats is None
     if stats is None:
-        stats = group_stats(x, out=workspace)
+        stats = group_stats(x, out=workspace, pdl=pdl)
     if skip is not None and skip_stats is None:
-        skip_stats = group_stats(skip, out=rest)
+        skip_stats = group_stats(skip, out=rest, pdl=pdl)
     for name, s, t in (("stats", stats, x), ("skip_stats", skip_stats, skip)):
         want = None if t is None else (t.shape[0], 3, t.shape[1])
         if s is not None and ((s.shape[0], *s.shape[2:]) != want or s.dtype != torch.float32 or not s.is_contiguous()):
@@ -309,7 +319,8 @@ def _statistics(
                 f"{list(s.shape)}; take it from the producer of that input, or leave it out"
             )
     space, skip_space = (None if taken else s for taken, s in zip(own, (workspace, rest), strict=True))
-    return merge_stats(stats, out=space), None if skip_stats is None else merge_stats(skip_stats, out=skip_space)
+    merged = merge_stats(stats, out=space, pdl=pdl)
+    return merged, None if skip_stats is None else merge_stats(skip_stats, out=skip_space, pdl=pdl)
 
 
 def _like(x: Tensor, channels: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import MAX_PARTS, cdiv, jit, require, start, stats_launch, strides, tl
+from .launch import MAX_PARTS, after_previous, cdiv, jit, require, start, stats_launch, strides, tl
 
 
 @jit
@@ -24,8 +24,11 @@ def _group_stats_kernel(
     TILES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One program: TILES * BLOCK_P pixels of BLOCK_C channels of one image, read once."""
+    if PDL:
+        after_previous()
     pid = tl.program_id(0)
     n = (pid // PARTS).to(tl.int64)
     part = pid % PARTS
@@ -54,9 +57,12 @@ def _group_stats_kernel(
 
 @jit
 def _merge_stats_kernel(
-    stats_ptr, out_ptr, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    stats_ptr, out_ptr, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
     """One program: RUN neighbouring parts of one image and BLOCK_C channels become one part."""
+    if PDL:
+        after_previous()
     pid = tl.program_id(0)
     n = (pid // Q).to(tl.int64)
     p = pid % Q * RUN + tl.arange(0, RUN)[:, None]
@@ -79,6 +85,7 @@ def group_stats(
     x: Tensor,  # [N, C, H, W] channels_last; bf16, fp16 or fp32
     *,
     out: Tensor | None = None,  # float32, at least stats_size(x) elements: where to write
+    pdl: bool = False,
 ) -> Tensor:  # [N, P, 3, C] float32
     """Statistics of x as a producer would hand them to `norm_act`; `reference.channel_stats` in P parts."""
     n, channels, h, w = x.shape
@@ -88,7 +95,7 @@ def group_stats(
     stats = _buffer(out, (n, parts, 3, channels), x.device)
     require(_group_stats_kernel, x, stats)
     grid = (n * parts, cdiv(channels, launch.meta["BLOCK_C"]))
-    start(_group_stats_kernel, grid, x.device, x, stats, image, channels, h * w, pixel, **launch.options())
+    start(_group_stats_kernel, grid, x.device, x, stats, image, channels, h * w, pixel, pdl=pdl, **launch.options())
     return stats
 
 
@@ -96,6 +103,7 @@ def merge_stats(
     stats: Tensor,  # [N, P, 3, C] float32
     *,
     out: Tensor | None = None,  # float32, at least merge_size(stats) elements, for every round's result
+    pdl: bool = False,
 ) -> Tensor:  # [N, Q, 3, C], Q <= MAX_PARTS
     """Merge neighbouring parts, 32 at a time, until at most MAX_PARTS are left."""
     while stats.shape[1] > MAX_PARTS:
@@ -106,7 +114,7 @@ def merge_stats(
         require(_merge_stats_kernel, stats, merged)
         start(
             _merge_stats_kernel, (n * fewer, cdiv(channels, 64)), stats.device, stats, merged,
-            C=channels, P=parts, Q=fewer, RUN=32, BLOCK_C=64, num_warps=4,
+            C=channels, P=parts, Q=fewer, RUN=32, BLOCK_C=64, num_warps=4, pdl=pdl,
         )  # fmt: skip
         stats = merged
     return stats

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import cdiv, constexpr, jit, require, start, step_launch, strides, tl
+from .launch import after_previous, cdiv, constexpr, jit, require, start, step_launch, strides, tl
 from .philox import normal4, normal_at, split64
 
 VARIANCES = {"fixed": 0, "learned": 1, "learned_range": 2}
@@ -126,11 +126,14 @@ def _sampler_step_kernel(
     CP: tl.constexpr,
     LOW_CP: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One program: CP channels and BLOCK_P pixels of one sample. Strides are of image, channel and pixel.
 
     What the model fixes is constexpr, so that the compiler sees how wide a load can be; the batch is not.
     """
+    if PDL:
+        after_previous()
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
     c0 = tl.program_id(1) * LOW_CP  # the two differ only where one program holds every channel
@@ -177,7 +180,10 @@ def _initial_noise_kernel(
     CP: tl.constexpr,
     LOW_CP: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        after_previous()
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
     c0 = tl.program_id(1) * LOW_CP  # the two differ only where one program holds every channel
@@ -202,6 +208,7 @@ def sampler_step(
     x_prev: Tensor | None = None,  # float32: where to write; may be x itself
     low: Tensor | None = None,  # [N, C' >= C, H, W]: x_prev in low precision, zeros above C, for the next conv_in
     noise: Tensor | None = None,  # [N, C, H, W]: z from elsewhere; None: drawn here, as philox_normal
+    pdl: bool = False,  # as a programmatic dependent launch; see launch.start
 ) -> Tensor:  # [N, C, H, W] float32: x_{t-1}
     """`reference.sampler_step` in one launch. Each tensor is NCHW or channels_last, as it likes.
 
@@ -241,6 +248,7 @@ def sampler_step(
         VARIANCE=VARIANCES[variance],
         HAS_LOW=low is not None,
         HAS_NOISE=noise is not None,
+        pdl=pdl,
         **launch.options(),
     )
     return y
@@ -251,6 +259,7 @@ def initial_noise(
     seed: Tensor,  # int64 [1]
     ids: Tensor,  # int64 [N]
     low: Tensor | None = None,  # [N, C' >= C, H, W]: its low-precision copy, zeros above C
+    pdl: bool = False,  # as a programmatic dependent launch; see launch.start
 ) -> Tensor:  # x
     """x_T = philox_normal at step INITIAL_STEP, in one launch. Setting the counter to 0 is the caller's."""
     n, channels, h, w = x.shape
@@ -275,6 +284,7 @@ def initial_noise(
         *((0, 0, 0) if low is None else strides(low, "low")),
         tiles,
         HAS_LOW=low is not None,
+        pdl=pdl,
         **launch.options(),
     )
     return x

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ from torch import Tensor
 from ddpm_fast.kernels import launch
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
 
 
 class Kernel:
@@ -84,3 +90,100 @@ def convolve(*shape: int, out_channels: int = 16) -> object:
 def test_sizes_beyond_32_bits_are_refused(call: Any, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+COMPILE = """
+import json, re, subprocess, sys, tempfile, torch
+from benchmarks import aot, sass
+from ddpm_fast import ops
+from ddpm_fast.kernels import reference
+from ddpm_fast.ops.buffers import Fresh
+from ddpm_fast.ops.triton_set import FeatureMap
+
+def empty(*shape, dtype=torch.float32):
+    layout = torch.channels_last if dtype == torch.bfloat16 and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+def image(channels, side=4):
+    return empty(1, channels, side, side, dtype=torch.bfloat16)
+
+def launch_all(pdl):
+    o = ops.triton(pdl=pdl).placed(Fresh())
+    x, w = FeatureMap(image(32)), empty(32)
+    table, counter = empty(10, reference.TABLE_WIDTH), empty(2, dtype=torch.int32)
+    seed, ids, x_t = empty(1, dtype=torch.int64), empty(1, dtype=torch.int64), empty(1, 3, 4, 4)
+    o.conv(x, empty(32, 32, 1, 1, dtype=torch.bfloat16))
+    o.upsample_conv(x, empty(32, 32, 3, 3, dtype=torch.bfloat16))
+    o.norm_act(x, w, w, 32, 1e-6)
+    o.norm_act(FeatureMap(image(32, 32)), w, w, 1, 1e-6)
+    o.norm_act(FeatureMap(image(32, 64), empty(1, 128, 3, 32)), w, w, 1, 1e-6)
+    o.attention(FeatureMap(image(96)), 2)
+    last = o.pack_step_conv(empty(3, 32, 1, 1), 3, dtype=torch.bfloat16)
+    o.conv_step(x, last, None, x_t, table, counter, seed, ids)
+    o.sampler_step(x_t, image(3), table, counter, seed, ids, x_prev=x_t)
+    o.initial_noise(x_t, seed, ids)
+
+def instructions(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = sass._run("cuobjdump", "-sass", file.name)
+    names = [name for name, _ in sass._INSTRUCTION.findall(code)]
+    kept = ("ACQBULK", "PREEXIT", "LDG", "STG", "UTMALDG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG", "EXIT", "BAR")
+    return [name for name in names if name in kept]
+
+for arch, pdl in ((90, True), (90, False), (80, True)):
+    # All kernels turn it on and off by the same two lines.
+    def select(kernel, values):
+        return (arch, pdl) == (90, True) or "noise" in kernel
+
+    with torch.no_grad(), aot.compiling(arch, select) as found:
+        launch_all(pdl)
+    for c in found:
+        code = instructions(c.binary.asm["cubin"])
+        print(json.dumps([arch, pdl, c.kernel, bool(c.binary.metadata.launch_pdl), code]))
+"""
+KERNELS = {
+    "conv_kernel", "_norm_tile_kernel", "_group_stats_kernel", "_norm_apply_kernel", "_merge_stats_kernel",
+    "_attention_kernel", "conv_step_kernel", "_sampler_step_kernel", "_initial_noise_kernel",
+}  # fmt: skip
+
+
+def test_dependent_launches_wait_before_they_touch_memory(tmp_path: Path):
+    """Off, a kernel has neither instruction; on, ACQBULK waits and PREEXIT lets the next in, ahead of all else.
+
+    sm_80 has no such launches and ignores the option.
+    """
+    pytest.importorskip("triton.backends.nvidia")
+    script = tmp_path / "launches.py"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    on = [row[2:] for row in rows if row[:2] == [90, True]]
+    assert {kernel for kernel, _, _ in on} == KERNELS
+    for kernel, attribute, code in on:
+        assert attribute and code[:2] == ["ACQBULK", "PREEXIT"], kernel
+        assert code.count("ACQBULK") == code.count("PREEXIT") == 1, kernel
+    off = [row for row in rows if row[:2] != [90, True]]
+    assert [row[:3] for row in off] == [[90, False, "_initial_noise_kernel"], [80, True, "_initial_noise_kernel"]]
+    for *_, attribute, code in off:
+        assert not attribute and not {"ACQBULK", "PREEXIT"} & set(code)
+
+
+def test_the_interpreter_ignores_dependent_launches(interpreted: torch.device):
+    """The option changes no result, and needs no GPU to be asked for."""
+    from ddpm_fast import ops
+
+    x = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(96, 32, 1, 1, generator=torch.Generator().manual_seed(1)) / 6
+
+    def run(pdl: bool) -> Tensor:
+        o = ops.triton(pdl=pdl)
+        with torch.no_grad():
+            h = o.norm_act(o.enter(x.to(interpreted)), None, None, 32, 1e-6)
+            qkv = o.conv(h, o.pack_conv(weight, dtype=x.dtype), with_stats=True)
+            return o.leave(o.attention(qkv, 2))
+
+    assert torch.equal(run(False), run(True))

@@ -6,6 +6,7 @@ left for the next normalisation. What no kernel covers runs on the reference ope
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,11 @@ class Postponed:
         return self.run(self.arguments, self.memory.map(self.shape, self.dtype, self.arguments["x"].device))
 
 
-def build(memory: Memory | None = None) -> Ops:
-    """The set, with its results where ``memory`` says; RuntimeError where Triton is not installed."""
+def build(memory: Memory | None = None, pdl: bool = False) -> Ops:
+    """The set, with its results where ``memory`` says; RuntimeError where Triton is not installed.
+
+    pdl: every kernel as a programmatic dependent launch, where the device has them; see `sets.triton`.
+    """
     from ..kernels import attention, conv_step, launch, norm_act, sampler_step
     from ..kernels import conv as conv_kernels
 
@@ -76,27 +80,33 @@ def build(memory: Memory | None = None) -> Ops:
             'the fused operations need Triton, which is not installed; install triton, or use ops="reference" or "cpu"'
         )
     memory = memory or Fresh()
+
+    def started(host: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(host, pdl=pdl)
+
     return Ops(
         name="triton",
-        norm_act=_norm_act(norm_act.norm_act, memory),
-        conv=_convolution("conv", conv_kernels.conv, reference.conv, memory),
-        upsample_conv=_convolution("upsample_conv", conv_kernels.upsample_conv, reference.upsample_conv, memory),
+        norm_act=_norm_act(started(norm_act.norm_act), memory),
+        conv=_convolution("conv", started(conv_kernels.conv), reference.conv, memory),
+        upsample_conv=_convolution(
+            "upsample_conv", started(conv_kernels.upsample_conv), reference.upsample_conv, memory
+        ),
         upsample=lambda x: _upsample(x, memory),
         downsample=lambda x: _downsample(x, memory),
-        attention=_attention(attention.attention, memory),
-        sampler_step=_sampler_step(sampler_step.sampler_step),
+        attention=_attention(started(attention.attention), memory),
+        sampler_step=_sampler_step(started(sampler_step.sampler_step)),
         fir_upsample=lambda x: _outside(reference.fir_upsample(x.data), memory),
         fir_downsample=lambda x: _outside(reference.fir_downsample(x.data), memory),
         enter=enter,
         leave=leave,
-        conv_step=lambda x, *args, **kwargs: conv_step.conv_step(x.data, *args, **kwargs),
+        conv_step=lambda x, *args, **kwargs: conv_step.conv_step(x.data, *args, pdl=pdl, **kwargs),
         lay_by=lambda x, make: make if memory.again(x.data) else x,
         pack_conv=_pack(conv_kernels.pack_conv),
         pack_upsample_conv=_pack(conv_kernels.pack_upsample_conv),
         pack_step_conv=_pack(conv_step.pack_step_conv),
         input_channels=lambda channels, dtype: max(channels, CHANNEL_PAD) if dtype in DTYPES else channels,
-        initial_noise=sampler_step.initial_noise,
-        placed=build,
+        initial_noise=started(sampler_step.initial_noise),
+        placed=lambda memory: build(memory, pdl),
         falls_back=falls_back,
     )
 

@@ -59,6 +59,8 @@ class UNetConfig:
     time_proj_channels: int | None = None  # of the sinusoid; None: block_out_channels[0]; not upstream's
 
     def __post_init__(self) -> None:
+        if isinstance(self.act_fn, str):
+            object.__setattr__(self, "act_fn", self.act_fn.lower())  # as upstream looks it up
         for name in ("downsample_type", "upsample_type"):
             if getattr(self, name) is None:  # upstream takes null for its default
                 object.__setattr__(self, name, "conv")

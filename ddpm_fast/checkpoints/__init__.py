@@ -175,8 +175,10 @@ def unwrap(content: Any, path: Path, notes: list[str] | None = None) -> dict[str
         )
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    elif isinstance(content.get("model"), dict) and "ema" in content:
+    elif isinstance(content.get("model"), dict) and "ema" in content and not set(_ANCHORS) & set(content["model"]):
         content = lucidrains_layout.tensors_of(content)
+    else:
+        content = _only_state_dict(content, path, notes)
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     odd = [str(name) for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if odd or not tensors:
@@ -184,6 +186,39 @@ def unwrap(content: Any, path: Path, notes: list[str] | None = None) -> dict[str
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled, then distributed, or the other way round
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+    return _without_prefix(tensors)
+
+
+# The name of a tensor that a whole U-Net has, without what wrappers put before it.
+_ANCHORS = ("time_embedding.linear_1.weight", "time_embed.0.weight", "temb.dense.0.weight")
+
+
+def _only_state_dict(content: dict[Any, Any], path: Path, notes: list[str] | None) -> dict[Any, Any]:
+    """Of what a training script saved, {"model": ..., "optimizer": ..., "epoch": ...}, the state dict."""
+    inside = [
+        name
+        for name, value in content.items()
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
+    ]
+    if not inside or any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    if len(inside) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(inside)} state dicts ({listing([str(name) for name in inside])}); save the one to draw "
+            "from in a file of its own"
+        )
+    if notes is not None:
+        notes.append(f"of what the file holds the state dict under {inside[0]!r} is used")
+    return content[inside[0]]
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A U-Net's tensors without what all their names begin with, where it was an attribute of another module."""
+    for name in tensors:
+        for anchor in _ANCHORS:
+            prefix = name.removesuffix(anchor)
+            if name.endswith("." + anchor) and all(other.startswith(prefix) for other in tensors):
+                return {other.removeprefix(prefix): value for other, value in tensors.items()}
     return tensors
 
 

@@ -37,6 +37,8 @@ def locate(path: Path) -> Layout:
         config = read_json(unet / CONFIG) if (unet / CONFIG).exists() else None
         check_class(config, unet / CONFIG)
     else:
+        if path.name in (MODEL_INDEX, CONFIG, SCHEDULER):
+            raise CheckpointError(f"{path} is a configuration, not weights; name its folder, {path.parent}")
         unet, weights, notes = path.parent, path, []
         config = read_json(unet / CONFIG) if (unet / CONFIG).exists() else None
         if config is not None and not _describes_unet(config):

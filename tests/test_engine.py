@@ -89,7 +89,7 @@ def oracle(
     [
         ({}, SCHEDULE, {}),
         ({"out_channels": 6, "resnet_time_scale_shift": "scale_shift"}, Schedule(variance_type="learned_range"), {}),
-        (CLASSES, SCHEDULE, {"labels": [2, 0]}),
+        ({"num_class_embeds": 3, "block_out_channels": (64, 32)}, SCHEDULE, {"labels": [2, 0]}),  # of two widths
         ({**CLASSES, "out_channels": 6}, Schedule(variance_type="learned_range"), {"labels": [0, 1], "guidance": 3.0}),
         ({"time_embedding_type": "fourier"}, SCHEDULE, {}),
         ({}, Schedule(thresholding=True, sample_max_value=1.5), {}),

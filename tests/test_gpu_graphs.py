@@ -59,7 +59,7 @@ def _warnings_are_errors() -> Iterator[None]:
         yield
 
 
-def unet() -> UNet:
+def unet(classes: int | None = None) -> UNet:
     torch.manual_seed(0)
     return UNet(
         UNetConfig(
@@ -70,12 +70,13 @@ def unet() -> UNet:
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=32,
+            num_class_embeds=classes,
         )
     )
 
 
-def fused(steps: int = 12, n: int = 3) -> StepProgram:
-    prepared = prepare(unet(), torch.bfloat16, torch.device("cuda"), ops.triton())
+def fused(steps: int = 12, n: int = 3, classes: int | None = None) -> StepProgram:
+    prepared = prepare(unet(classes), torch.bfloat16, torch.device("cuda"), ops.triton())
     return StepProgram(prepared, step_table(Schedule(num_train_timesteps=steps)), n, SHAPE)
 
 
@@ -147,6 +148,22 @@ def test_a_foreign_model(form: str, cache: GraphCache) -> None:
     run = graphs.runner(program, form, cache=cache)
     assert torch.equal(replayed(run, program, 2, [8, 9], [2, 4]), eager(program, 2, [8, 9]))
     assert run.kind == form
+
+
+def test_a_class_conditional_model(form: str, cache: GraphCache) -> None:
+    """Its labels come from the host at each batch; nothing else of it does."""
+    program = fused(classes=5)
+    run = graphs.runner(program, form, cache=cache)
+    seen = []
+    for labels in (torch.tensor([0, 4, 1]), torch.tensor([2, 2, 3])):
+        outcomes = []
+        for advance in (lambda: [program.step() for _ in range(12)], lambda: run.advance(12)):
+            program.begin(1, [0, 1, 2], labels)
+            advance()
+            outcomes.append(bits(program.x))
+        assert torch.equal(*outcomes)
+        seen.append(outcomes[0])
+    assert run.kind == form and not torch.equal(*seen)
 
 
 def test_the_loop_stops_at_the_last_step(cache: GraphCache) -> None:

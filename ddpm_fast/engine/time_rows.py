@@ -41,26 +41,33 @@ class ClassRows:
     """One row an image: time and class embeddings meet before the activation, so no table holds their projection.
 
     Once a batch the labels are embedded; each step adds the step's own embedding and projects for all blocks at
-    once, by the set's own 1x1 convolution, in float32, so that an image's row does not depend on the batch.
+    once, by the set's own 1x1 convolution, in float32, so that an image's row does not depend on the batch. The
+    result [images, total] is cut into a matrix a block by one copy for all blocks of a width. (Torch's operation for
+    that, split_with_sizes_copy, reads addresses from the host's memory, in a captured step at each replay.)
     """
 
     def __init__(self, prepared: UNet, times: Tensor, counter: Tensor, images: int):
         c = prepared.config
         self.prepared, self.counter, self.times, self.act = prepared, counter, times, c.act_fn
         blocks = prepared.residual_blocks()
-        self._widths = [block.time_emb_proj.out_features for block in blocks]
+        widths = [block.time_emb_proj.out_features for block in blocks]
         self.embeddings = prepared.time_embedding(prepared._time_features(times))  # [S, E]
         wide, device = self.embeddings.dtype, self.embeddings.device
-        weight = torch.cat([block.time_emb_proj.weight for block in blocks])[:, :, None, None]
+        order = sorted(range(len(blocks)), key=widths.__getitem__)
+        weight = torch.cat([blocks[i].time_emb_proj.weight for i in order])[:, :, None, None]
         assert prepared.ops is not None
         lying = prepared.ops.input_channels(c.time_width, wide)
         channels = (lying,) if lying != c.time_width else None
         self._weight = prepared.ops.pack_conv(weight, dtype=wide, channels=channels)
-        self._bias = torch.cat([block.time_emb_proj.bias for block in blocks])
+        self._bias = torch.cat([blocks[i].time_emb_proj.bias for i in order])
         self.classes = torch.zeros(images, c.time_width, dtype=wide, device=device)
         self._sum = torch.zeros_like(self.classes)
         self._row = torch.zeros(1, c.time_width, dtype=wide, device=device)
-        self.parts = [torch.zeros(images, width, dtype=wide, device=device) for width in self._widths]
+        self._same = [  # by width: [blocks, images, width]
+            torch.zeros(widths.count(width), images, width, dtype=wide, device=device) for width in sorted({*widths})
+        ]
+        in_order = [part for same in self._same for part in same.unbind()]
+        self.parts = [in_order[order.index(i)] for i in range(len(blocks))]
         self._t = torch.zeros(1, dtype=times.dtype, device=device)
         self._rows = TimeRows(parts=self.parts, t=self._t)
 
@@ -84,7 +91,12 @@ class ClassRows:
         flat = projected.permute(0, 2, 3, 1).view(n, -1)
         if flat.is_meta:  # a dry run
             return self._rows
-        torch.ops.aten.split_with_sizes_copy.out(flat, self._widths, 1, out=self.parts)
+        start = 0
+        for same in self._same:
+            blocks, _, width = same.shape
+            stop = start + blocks * width
+            same.copy_(flat[:, start:stop].view(n, blocks, width).transpose(0, 1))
+            start = stop
         return self._rows
 
     def tables(self) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -38,3 +39,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"a": 1}
     train_state.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_full_disk_is_said_and_the_states_before_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.save raises then speaks of its own archive."""
+    train_state.save_state(tmp_path, {"format": train_state.FORMAT, "step": 1})
+
+    class Full:
+        def write(self, content: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_state, "write_atomically", lambda path, write: write(Full()))
+    with pytest.raises(
+        OSError, match=r"step_000000002.pt cannot be written \(No space left on device\); once it can, the same"
+    ):
+        train_state.save_state(tmp_path, {"format": train_state.FORMAT, "step": 2, "x": torch.zeros(100_000)})
+    assert train_state.load_latest_state(tmp_path)["step"] == 1

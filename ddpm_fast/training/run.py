@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -60,7 +61,7 @@ def train(
     train_config: TrainConfig,
     device: str | torch.device | None = None,  # None: CUDA if there is one, else the CPU; of several, each its own
     resume: bool = True,
-    progress: bool = True,  # a bar, if stderr is a terminal
+    progress: bool = True,  # a bar; where stderr is no terminal, a line every half minute
     init_from: nn.Module | None = None,  # weights to begin with, for a new run only
 ) -> TrainResult:
     """Trains until ``train_config.steps``; continues from the newest state in ``out`` if there is one.
@@ -71,7 +72,8 @@ def train(
     of the whole, and the loss curve is that of one process but for the order of sums (and for dropout's masks). A run
     may go on with another number of processes. A signal to one stops all after the same step.
 
-    Raises ResumeError if ``out`` holds a run with other settings (each named), or any run with ``resume=False``;
+    Raises ResumeError if ``out`` holds a run with other settings (each named), any run with ``resume=False``, or one
+    that another process is training; OSError if the folder cannot be written to;
     TrainingDiverged if the loss becomes NaN or infinite; ValueError if data and model do not fit. Of several
     processes one raises it, and the others `distributed.OtherProcessFailed`.
     """
@@ -81,8 +83,11 @@ def train(
     with distributed.join(where) as world, _own_random_state(where), _deterministic(where):
         trainer = world.together(lambda: Trainer(data, model_config, schedule, train_config, where, init_from, world))
         run = world.together(lambda: _Run(trainer, out, progress))
-        run.open(resume)
-        return run.loop()
+        try:
+            run.open(resume)
+            return run.loop()
+        finally:
+            run.close()
 
 
 class _Run:
@@ -91,6 +96,7 @@ class _Run:
     def __init__(self, trainer: Trainer, out: Path, progress: bool):
         self.trainer, self.config, self.out = trainer, trainer.config, out
         self.world, self.progress = trainer.world, progress and trainer.world.first
+        self.animated = sys.stderr.isatty()  # a log file needs no animation
         self.settings = trainer.settings()
         self.start = 0
         self.elapsed_before_s = 0.0
@@ -99,6 +105,7 @@ class _Run:
         self._loss_sum: Tensor | float = 0.0
         self._interval_steps = 0
         self._interval_began_s = 0.0
+        self._release: Callable[[], None] = lambda: None
         self.evaluation: BackgroundEvaluation | None = None
         if self.config.evaluate_every:
             self.evaluation = _evaluation(trainer, out)
@@ -116,6 +123,7 @@ class _Run:
     def _open_folder(self, resume: bool) -> dict[str, Any] | None:
         """The newest state of this very run; the log is cut back to it, and the settings are written."""
         self.out.mkdir(parents=True, exist_ok=True)
+        self._release = train_state.hold(self.out)
         state = train_state.load_latest_state(self.out / "state")
         if state is not None:
             if not resume:
@@ -126,16 +134,30 @@ class _Run:
         train_state.write_json(self.out / "train_config.json", {**self.settings, "source": self.trainer.data.source})
         return state
 
+    def close(self) -> None:
+        """However the run ended, no process of it is left, and its folder is free."""
+        if self.evaluation is not None:
+            self.evaluation.finish(0)
+        self._release()
+
     def loop(self) -> TrainResult:
         self._began_s = time.perf_counter()
         self._reset_interval()
         done = self.start
+        seconds = 0.1 if self.animated else 30.0
         if done >= self.config.steps:  # a kill may have come between the last state and its export
             self.world.on_first(self._export)
         with (
             _stop_signals() as stop,
             self._open_log() as log,
-            tqdm(initial=done, total=self.config.steps, unit="step", disable=None if self.progress else True) as bar,
+            tqdm(
+                initial=done,
+                total=self.config.steps,
+                unit="step",
+                disable=not self.progress,
+                mininterval=seconds,
+                maxinterval=max(10.0, seconds),
+            ) as bar,
         ):
             for k, batch in self._batches():
                 loss, norm = self.trainer.step(k, batch)
@@ -156,8 +178,8 @@ class _Run:
                     self._on_first(self._evaluate, done)
                 if stopping:
                     break
-        if self.evaluation is not None:
-            self.evaluation.finish(None if done >= self.config.steps else 0)
+        if self.evaluation is not None and done >= self.config.steps:
+            self.evaluation.finish()
         return TrainResult(self.out, done, done >= self.config.steps, self.loss)
 
     def _open_log(self) -> AbstractContextManager[Any]:
@@ -194,7 +216,7 @@ class _Run:
         if self.world.first:
             log.write(json.dumps(entry) + "\n")
             log.flush()
-        bar.set_postfix_str(f"loss {mean:.4f}, {images_per_s:.0f} images/s")
+        bar.set_postfix_str(f"loss {mean:.4f}, {images_per_s:.0f} images/s", refresh=self.animated)
         self.loss = mean
         self._reset_interval()
 

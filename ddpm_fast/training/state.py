@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None  # type: ignore[assignment]
 
 from ..whole_files import write_atomically
 
@@ -20,6 +27,25 @@ _STATE_NAME = re.compile(r"step_(\d{9})\.pt")
 
 class ResumeError(ValueError):
     """A run cannot be continued from what lies in its folder."""
+
+
+def hold(out: Path) -> Callable[[], None]:
+    """Keep ``out`` for this process until the function that comes back is called, or the process ends.
+
+    Raises ResumeError where another process trains there. Where a folder cannot be locked (Windows, some network file
+    systems) nothing is kept.
+    """
+    if fcntl is None:
+        return lambda: None
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ResumeError(f"another process trains in {out}; wait for it, or train into another folder") from None
+    except OSError:
+        pass
+    return partial(os.close, handle)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -37,10 +63,20 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> Path:
     """Writes ``state`` under its step, and drops all but the last two.
 
     States of later steps go too: a run that is here again passed over them because they did not read.
+    Raises OSError, in one line, where it cannot be written; the states before it are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:09d}.pt"
-    write_atomically(path, lambda stream: torch.save(dict(state), stream))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda stream: torch.save(dict(state), stream))
+    except (OSError, RuntimeError) as error:
+        failure = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(failure, OSError):  # torch.save puts a complaint about its own archive in front
+            raise
+        kept = (
+            "once it can, the same command goes on from the state before" if state_paths(folder) else "none was before it"
+        )
+        raise OSError(f"{path} cannot be written ({failure.strerror or failure}); {kept}") from error
     paths = state_paths(folder)
     end = paths.index(path) + 1
     for stale in paths[: max(0, end - KEPT_STATES)] + paths[end:]:

@@ -33,8 +33,10 @@ def whole_file(path: str | Path, temporary: Path | None = None) -> Iterator[IO[b
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # of a full disk, the system says no name
         raise
     sync_folder(path.parent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -126,6 +127,7 @@ app.command(short_help="Write a checkpoint of any family as diffusers or OpenAI 
 def main() -> None:
     """The entry point: a user's mistake costs one line on stderr and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *_: print(f"ddpm-fast: warning: {message}", file=sys.stderr)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     try:
         with _ended_in_order():
             code = app(standalone_mode=False)
@@ -140,7 +142,9 @@ def main() -> None:
             print(error.format_message())
             raise SystemExit(0) from None
         _fail(error.format_message())
-    except (ValueError, OSError, RuntimeError) as error:
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (ValueError, RuntimeError) as error:
         _fail(str(error))
 
 

@@ -45,8 +45,15 @@ def p_mean(schedule: Schedule, x: Tensor, t: int, epsilon: Tensor) -> Tensor:
     return (x - beta / (1 - a_t) ** 0.5 * epsilon) / (1 - beta) ** 0.5
 
 
+def output_tensor(out: Any) -> Tensor:
+    """What a network returned, as a tensor: itself, the first of a tuple, or diffusers' ``.sample``."""
+    if isinstance(out, (tuple, list)):
+        out = out[0]
+    return getattr(out, "sample", out)
+
+
 def training_loss(
-    model: Callable[..., Any],  # (x_t, t[, labels]) -> [N, C or 2C, H, W]
+    model: Callable[..., Any],  # (x_t, t[, labels]) -> [N, C or 2C, H, W], or see `output_tensor`
     schedule: Schedule,
     x0: Tensor,  # [N, C, H, W] in [-1, 1]
     t: Tensor | None = None,  # [N]; None: uniform over all timesteps
@@ -58,14 +65,24 @@ def training_loss(
 
     With prediction_type "sample" or "v_prediction" the target is x_0 or v. Of a network that also outputs a
     variance (2C channels) the first C are trained: L_simple does not see the variance.
+    Raises ValueError for shapes that do not fit: they would be stretched to fit, and the loss be of something else.
     """
+    if x0.ndim != 4 or 0 in x0.shape or not x0.is_floating_point():
+        raise ValueError(f"x0 must be floating-point images [N, C, H, W] in [-1, 1]; got {x0.dtype} {tuple(x0.shape)}")
     if t is None:
         t = torch.randint(schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device)
     if noise is None:
         noise = torch.empty_like(x0).normal_(generator=generator)
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}; got {tuple(noise.shape)}")
+    if isinstance(t, Tensor) and t.shape not in ((), (1,), (len(x0),)):
+        raise ValueError(f"t must be one timestep, or one for each of {len(x0)} images; got {tuple(t.shape)}")
     x = schedule.add_noise(x0, noise, t)
     time = schedule.network_time(t)
-    out = model(x, time) if labels is None else model(x, time, labels)
+    out = output_tensor(model(x, time) if labels is None else model(x, time, labels))
+    n, c, *size = x0.shape
+    if out.shape not in ((n, c, *size), (n, 2 * c, *size)):
+        raise ValueError(f"the model's output must be {[n, c, *size]}, or of {2 * c} channels; got {list(out.shape)}")
     return F.mse_loss(out[:, : x0.shape[1]].to(x0.dtype), schedule.target(x0, noise, t))
 
 
@@ -82,7 +99,7 @@ def training_step(
 
 @torch.no_grad()
 def sample(
-    model: Callable[..., Tensor],
+    model: Callable[..., Any],
     schedule: Schedule,
     shape: tuple[int, int, int, int],  # [N, C, H, W]
     generator: torch.Generator | None = None,
@@ -93,7 +110,7 @@ def sample(
     chain = schedule.timesteps() if timesteps is None else timesteps
     x = torch.randn(shape, generator=generator, device=device)
     for t, prev_t in zip(chain, chain[1:] + [-1]):
-        out = model(x, schedule.network_time(torch.full((shape[0],), t, device=x.device)))
+        out = output_tensor(model(x, schedule.network_time(torch.full((shape[0],), t, device=x.device))))
         z = torch.randn(shape, generator=generator, device=device) if t > 0 else None
         x = schedule.step(out, t, x, z, prev_t)
     return x

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import whole_number
 from .kernels.reference import threshold
 from .respacing import sections, truncated
 
@@ -298,9 +299,13 @@ class Schedule:
 
     def _at(self, t: int | Tensor, like: Tensor) -> tuple[Any, Any]:
         """(sqrt(a_t), sqrt(1 - a_t)): floats for one t, [N, 1, ...] in like's dtype for a tensor of N."""
+        if isinstance(t, (list, tuple, np.ndarray)):
+            t = torch.as_tensor(t, device=like.device)
         if not isinstance(t, Tensor):
-            a_t, _ = self.alphas(int(t))
+            a_t, _ = self.alphas(whole_number("t", t))
             return math.sqrt(a_t), math.sqrt(1 - a_t)
+        if t.is_floating_point() or t.dtype == torch.bool:
+            raise ValueError(f"timesteps must be integers; got {t.dtype}")
         a = self.alphas_cumprod.to(t.device)[t].reshape(-1, *(1,) * (like.ndim - 1))
         dtype = like.dtype if like.is_floating_point() else torch.float32
         return a.sqrt().to(like.device, dtype), (1 - a).sqrt().to(like.device, dtype)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler
 from models import TINY, diffusers_unet, normal, unet
 from torch import Tensor, nn
@@ -163,6 +165,62 @@ def test_training_step_is_one_step_of_the_optimizer():
         torch.testing.assert_close(model.out.detach(), expected, rtol=1e-10, atol=1e-14)
         assert not loss.requires_grad
     assert loss.item() < ((start - noise) ** 2).mean().item()
+
+
+def test_training_a_diffusers_network_takes_the_steps_of_its_own_loop():
+    """The loop of diffusers' training example, and `training_step` on the same network and on ours."""
+    scheduler, schedule = DDPMScheduler(), Schedule()
+    batches = [
+        (normal(2, 3, 8, 8, seed=i), normal(2, 3, 8, 8, seed=10 + i), torch.tensor([i, 999 - i])) for i in (1, 2)
+    ]
+    theirs, same, ours = diffusers_unet(TINY), diffusers_unet(TINY), unet(TINY)
+    for network, by_us in ((theirs, False), (same, True), (ours, True)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        for x0, noise, t in batches:
+            if by_us:
+                diffusion.training_step(network, schedule, optimizer, x0, t=t, noise=noise)
+                continue
+            optimizer.zero_grad()
+            F.mse_loss(network(scheduler.add_noise(x0, noise, t), t).sample, noise).backward()
+            optimizer.step()
+    start = diffusers_unet(TINY).state_dict()
+    assert max(float((value - start[name]).abs().max()) for name, value in theirs.state_dict().items()) > 0.02
+    for other in (same, ours):
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrapped", [lambda out: (out, "more"), lambda out: SimpleNamespace(sample=out)])
+def test_networks_may_wrap_their_output(wrapped: Any):
+    model = unet(TINY)
+    x0, noise, t = normal(2, 3, 8, 8, seed=1), normal(2, 3, 8, 8, seed=2), torch.tensor([3, 700])
+    plain = diffusion.training_loss(model, Schedule(), x0, t, noise)
+    assert torch.equal(diffusion.training_loss(lambda x, s: wrapped(model(x, s)), Schedule(), x0, t, noise), plain)
+    chain = [40, 3]
+    drawn = [
+        diffusion.sample(f, Schedule(), (1, 3, 8, 8), torch.Generator().manual_seed(1), timesteps=chain)
+        for f in (model, lambda x, s: wrapped(model(x, s)))
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"noise": images()[:1]}, r"noise must have x0's shape \(4, 3, 4, 4\); got \(1, 3, 4, 4\)"),
+        ({"t": torch.tensor([1, 2, 3])}, r"t must be one timestep, or one for each of 4 images; got \(3,\)"),
+        ({"t": torch.tensor([1.0, 2, 3, 4])}, r"timesteps must be integers; got torch.float32"),
+        ({"t": 2.5}, r"t must be a whole number; got 2.5"),
+        ({"x0": images()[:0]}, r"x0 must be floating-point images .*; got torch.float64 \(0, 3, 4, 4\)"),
+        ({"x0": images().to(torch.uint8)}, r"x0 must be floating-point images .*; got torch.uint8"),
+        ({"x0": images()[0]}, r"x0 must be floating-point images .*; got torch.float64 \(3, 4, 4\)"),
+        ({"model": lambda x, t: x[:, :2]}, r"output must be \[4, 3, 4, 4\], or of 6 channels; got \[4, 2, 4, 4\]"),
+    ],
+    ids=str,
+)
+def test_what_a_loss_cannot_be_of(changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        diffusion.training_loss(**{"model": Constant(), "schedule": Schedule(), "x0": images(), **changed})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..diffusion import output_tensor
 from ..kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, threshold
 from ..ops import Ops, reference
 from ..ops.buffers import Arena, Memory, plan
@@ -200,9 +201,7 @@ class CallableProgram(Program):
         self._t.copy_(self._now.expand_as(self._t))
         third = self.labels if self.x0 is None else self.x0
         out = self.model(self.x, self._t) if third is None else self.model(self.x, self._t, third)
-        if isinstance(out, (tuple, list)):
-            out = out[0]
-        out = getattr(out, "sample", out)
+        out = output_tensor(out)
         if self.x0 is not None:
             self._predict_x0(out)
         return out

@@ -16,7 +16,9 @@ from ddpm_fast.cli.evaluate import _drawn
 from ddpm_fast.data import DataError, ImageData
 from ddpm_fast.evaluation.features import extractor
 from ddpm_fast.evaluation.image_stream import open_stream
+from ddpm_fast.training import run as training_run
 from ddpm_fast.training.background_evaluation import LOG, BackgroundEvaluation
+from ddpm_fast.training.step import Trainer
 
 
 def test_a_run_is_evaluated_by_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -56,3 +58,21 @@ def test_a_failure_is_told_in_the_run_and_stops_nothing(tmp_path: Path):
     beside.start(1)
     beside.finish()
     assert (tmp_path / "evaluations.err").read_text() == "no such data\n"
+
+
+def test_no_process_outlives_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    beside = BackgroundEvaluation(tmp_path, "data", 8, 4)
+    beside.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(training_run, "_evaluation", lambda *_: beside)
+    step = Trainer.step
+
+    def fails_at_four(self: Trainer, k: int, batch: object) -> object:
+        if k == 3:
+            assert beside.running
+            raise OSError("the disk is gone")
+        return step(self, k, batch)
+
+    monkeypatch.setattr(Trainer, "step", fails_at_four)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path, evaluate_every=2)
+    assert not beside.running

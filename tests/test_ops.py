@@ -64,10 +64,12 @@ def network(dtype: torch.dtype = torch.float64, **changes: Any) -> UNet:
 def run(model: UNet, x: Tensor, which: ops.Ops, dtype: torch.dtype, row: int = 1) -> Tensor:
     """The network at row ``row`` of a table of three steps."""
     model = model.to(dtype)
-    table = model.to(torch.float64).time_table(torch.tensor([700.0, 40.0, 3.0], dtype=torch.float64))
+    times = torch.tensor([700.0, 40.0, 3.0], dtype=torch.float64, device=x.device)
+    table = model.to(torch.float64).time_table(times)
     model.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return model.run(x.to(dtype), TimeRows(table=table.to(wide), row=torch.tensor([row], dtype=torch.int32)), which)
+    at = torch.tensor([row], dtype=torch.int32, device=x.device)
+    return model.run(x.to(dtype), TimeRows(table=table.to(wide), row=at), which)
 
 
 @contextmanager

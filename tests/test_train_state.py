@@ -34,7 +34,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         stream.write(b'{"a": ')
         raise OSError(errno.ENOSPC, "no space left")
 
-    with pytest.raises(OSError, match="no space left: .*x.json"):
+    with pytest.raises(OSError, match=r"no space left: .*x\.json"):
         train_state.write_atomically(path, fail_halfway)
     assert json.loads(path.read_text()) == {"a": 1}
     train_state.write_json(path, {"a": 2})

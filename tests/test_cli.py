@@ -261,6 +261,15 @@ def test_a_mistake_costs_one_line_and_exit_code_2(
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
+@pytest.mark.parametrize("out", [("a.png",), ("pictures", "--pngs"), ("a.npz", "--film", "a.gif")], ids=str)
+def test_two_channels_are_no_picture_before_anything_is_drawn(out: tuple[str, ...], run: Run, tmp_path: Path):
+    df.save(tmp_path / "two", unet({**SMALL, "in_channels": 2, "out_channels": 2}), SCHEDULE)
+    code, _, err = run("sample", tmp_path / "two", "-n", 1, "--out", *out)
+    assert code == 2 and err == "ddpm-fast: a picture needs 1, 3 or 4 channels; got 2; write an .npz instead\n"
+    code, _, err = run("sample", tmp_path / "two", "-n", 1, "--out", "a.npz")
+    assert code == 0 and np.load(tmp_path / "a.npz")["arr_0"].shape == (1, 8, 8, 2)
+
+
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission(run: Run, checkpoint: Path, tmp_path: Path):
     (tmp_path / "locked").mkdir(mode=0o500)

@@ -75,7 +75,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("dropout", None, "a number in [0, 1)"),
     ("freq_shift", "1", "a number"),
     *[(n, v, BOOLEAN) for n in ("center_input_sample", "flip_sin_to_cos", "add_attention") for v in (1, "true", None)],
-    *[("sample_size", v, "a positive integer, a pair of them, or null") for v in (0, (8, 8, 8), (8, 0), "8")],
+    *[
+        ("sample_size", v, "a positive integer, a pair of them, or null")
+        for v in (0, (8, 8, 8), (8,), (8, 0), "8", True)
+    ],
     ("time_embedding_type", "sinusoidal", "one of 'positional', 'fourier', 'learned'"),
     ("mid_block_type", "UNetMidBlock2DCrossAttn", "one of 'UNetMidBlock2D', None"),
     ("downsample_type", "fir", "one of 'conv', 'resnet'"),

@@ -306,6 +306,8 @@ def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.devi
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)
     sampler = drawing.sampler(drawing.checkpoint(), device)
+    if film is not None or out.suffix.lower() != ".npz":
+        images.check_channels(sampler.image_shape[0])
     n, first_id, label = drawing.n, drawing.first_id, drawing.label
     _check_labels(label, sampler)
     _say_which(drawing, sampler)

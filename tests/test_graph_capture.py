@@ -79,6 +79,27 @@ def test_a_capture_failure_names_the_operation_and_runs_eagerly_with_one_warning
     assert same_bits(program.buffers(), eager(0, ids, toy=Asking))
 
 
+def test_nothing_of_a_step_that_failed_stays_in_memory() -> None:
+    """Nor waits there for Python's garbage collection, which knows nothing of how much memory a GPU has."""
+    seen = []
+
+    class Holding(Asking):
+        def predict(self) -> Tensor:
+            held = torch.ones(3)
+            seen.append(weakref.ref(held))
+            return super().predict() * held.sum()
+
+    program = Holding()
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="without graphs"):
+            make(program, "auto")
+        assert len(seen) >= 3 and all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("graph", FORMS)
 def test_an_explicit_graph_raises_and_leaves_the_program_as_it_was(graph: str) -> None:
     program = Asking()

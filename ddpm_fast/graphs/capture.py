@@ -300,7 +300,7 @@ class _LastOperation(TorchDispatchMode):
 def _capture_error(program: Program, backend: Backend, trial: _Trial, error: Exception) -> GraphCaptureError:
     """The error, with the operation: the one that fails when the step runs once more under watch, and its line."""
     last = _LastOperation()
-    named = ""
+    found = f"at {_place(error)}: {_line(error)}"
 
     @contextmanager
     def watch() -> Iterator[None]:
@@ -309,9 +309,9 @@ def _capture_error(program: Program, backend: Backend, trial: _Trial, error: Exc
 
     try:
         trial.run(lambda k: _eagerly(program, 1), watch)
-    except Exception as again:
-        named, error = f"operation {last.name}, ", again
-    return GraphCaptureError(f"the step cannot be captured: {named}at {_place(error)}: {_line(error)}")
+    except Exception as again:  # not kept: its traceback holds the step's tensors
+        found = f"operation {last.name}, at {_place(again)}: {_line(again)}"
+    return GraphCaptureError(f"the step cannot be captured: {found}")
 
 
 def _line(error: BaseException) -> str:

@@ -391,6 +391,10 @@ def test_killed_on_one_worker_and_resumed_by_one(tmp_path: Path, alone: Path) ->
 # The command
 
 
+# What torch 2.10's Gloo prints once its peers are connected; processes that share stdout mix its pieces.
+GLOO = r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\n"
+
+
 def test_torchrun_trains_and_speaks_once(tmp_path: Path) -> None:
     data, out = tmp_path / "data.npz", tmp_path / "out"
     pixels = images()
@@ -402,7 +406,9 @@ def test_torchrun_trains_and_speaks_once(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"trained 4 steps; the model is in {out}: ddpm-fast sample {out}\n"
+    line = f"trained 4 steps; the model is in {out}: ddpm-fast sample {out}\n"
+    assert done.stdout.endswith(line)
+    assert re.sub(GLOO, "", done.stdout.removesuffix(line)) == ""
     train(pixels, tmp_path / "alone", PLAIN, SCHEDULE, replace(CONFIG, steps=4), CPU, progress=False)
     for ours, theirs in zip(log_of(out), log_of(tmp_path / "alone"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS)

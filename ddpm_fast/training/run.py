@@ -156,7 +156,7 @@ class _Run:
                 unit="step",
                 disable=not self.progress,
                 mininterval=seconds,
-                maxinterval=max(10.0, seconds),
+                miniters=1,  # else tqdm adds lines of its own every ten seconds
             ) as bar,
         ):
             for k, batch in self._batches():

@@ -178,7 +178,7 @@ def _check_numbers(c: UNetConfig) -> None:
         if not isinstance(getattr(c, name), bool):
             raise _wrong(name, getattr(c, name), "true or false")
     size = c.sample_size
-    sizes = size if isinstance(size, tuple) else (size, size)
+    sizes: tuple[Any, ...] = size if isinstance(size, tuple) else (size, size)
     if size is not None and not (all(_is_int(s) and s > 0 for s in sizes) and len(sizes) == 2):
         raise _wrong("sample_size", size, "a positive integer, a pair of them, or null")
 

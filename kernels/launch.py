@@ -9,8 +9,11 @@ take ``tl``, ``triton``, ``jit`` and ``constexpr`` from here, call ``require`` b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,7 @@ try:
 except ImportError:
     triton = tl = None  # type: ignore[assignment]
 
+_only_compiling: ContextVar[bool] = ContextVar("only compiling", default=False)
 # Above this many parts, merging statistics in every program of `norm_act` would cost more than its own tile.
 MAX_PARTS = 64
 
@@ -93,7 +97,27 @@ def start(
     if pdl and isinstance(kernel, triton.JITFunction) and torch.cuda.get_device_capability(device) >= (9, 0):
         options |= {"PDL": True, "launch_pdl": True}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **options)
+        if _only_compiling.get():
+            kernel.warmup(*arguments, grid=grid, **options)
+        else:
+            kernel[grid](*arguments, **options)
+
+
+def compile_ahead(
+    run: Callable[[], object],
+    jobs: int | None = None,  # kernels at a time; None: one a core
+) -> None:
+    """Compile what ``run`` launches by `start`, launching none of it: many kernels at a time, where they would wait
+    for one another if each were compiled at its first launch. In the interpreter ``run`` is not called.
+    """
+    if triton is None or not isinstance(after_previous, triton.JITFunction):
+        return
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        token = _only_compiling.set(True)
+        try:
+            run()
+        finally:
+            _only_compiling.reset(token)
 
 
 def cdiv(a: int, b: int) -> int:

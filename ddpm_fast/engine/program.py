@@ -79,6 +79,7 @@ class Program:
             self.seed = torch.zeros(1, dtype=torch.int64, device=self.device)
             self.ids = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
             self.rows = table.rows.to(self.device, torch.float32)
+        self._compiled = False
 
     @property
     def steps(self) -> int:
@@ -94,6 +95,9 @@ class Program:
         x: Tensor | None = None,  # [N, C, H, W]: x_T from elsewhere; None: drawn by (seed, id)
     ) -> None:
         """Be at the first step of a new batch: write seed, ids and labels, reset the counter, draw x_T."""
+        if not self._compiled:
+            self.compile_ahead()
+            self._compiled = True
         self.seed.fill_((seed + 2**63) % 2**64 - 2**63)
         if not isinstance(ids, Tensor):
             ids = torch.tensor(list(range(self.batch_size) if ids is None else ids), device="cpu")
@@ -109,6 +113,9 @@ class Program:
         if low is not None:
             low.zero_()
             low[:, : self.x.shape[1]].copy_(self.x)
+
+    def compile_ahead(self) -> None:
+        """Before the first batch: compile what it will launch, where that can be known."""
 
     def label(self, labels: Tensor | None) -> None:
         """Write the labels of the batch."""
@@ -289,6 +296,15 @@ class StepProgram(Program):
         x = self.x.to(self.prepared.dtype) if self.low is None else self.low
         run = self.prepared.features if self._fused else self.prepared.run
         return run(x, self.time.now(ops), ops)
+
+    def compile_ahead(self) -> None:
+        if self.ops.compile_ahead is not None and self.device.type == "cuda":
+            self.ops.compile_ahead(self._launch_all)
+
+    def _launch_all(self) -> None:
+        assert self.ops.initial_noise is not None
+        self.ops.initial_noise(self.x, self.seed, self.ids, None if self.low is None else self.low[: self.batch_size])
+        self.step()
 
     def label(self, labels: Tensor | None) -> None:
         if isinstance(self.time, ClassRows):

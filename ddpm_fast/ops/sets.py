@@ -56,6 +56,8 @@ class Ops:
     input_channels: Callable[[int, torch.dtype], int] = lambda channels, dtype: channels
     # x_T drawn by the set's own kernel, (x, seed, ids, low); with it, `sampler_step` draws best itself too.
     initial_noise: Callable[..., Tensor] | None = None
+    # Compiles what a call would launch, and launches nothing, where a set's kernels are compiled for their arguments.
+    compile_ahead: Callable[[Callable[[], object]], None] | None = None
     # The set with its results where a `Memory` says, for sets that can.
     placed: Callable[[Memory], Ops] | None = None
     # Why a call (operation, its arguments by name) runs on the reference operation instead; None: it does not.

@@ -106,6 +106,7 @@ def build(memory: Memory | None = None, pdl: bool = False) -> Ops:
         pack_step_conv=_pack(conv_step.pack_step_conv),
         input_channels=lambda channels, dtype: max(channels, CHANNEL_PAD) if dtype in DTYPES else channels,
         initial_noise=started(sampler_step.initial_noise),
+        compile_ahead=launch.compile_ahead,
         placed=lambda memory: build(memory, pdl),
         falls_back=falls_back,
     )

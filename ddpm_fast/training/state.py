@@ -74,7 +74,9 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> Path:
         if not isinstance(failure, OSError):  # torch.save puts a complaint about its own archive in front
             raise
         kept = (
-            "once it can, the same command goes on from the state before" if state_paths(folder) else "none was before it"
+            "once it can, the same command goes on from the state before"
+            if state_paths(folder)
+            else "none was before it"
         )
         raise OSError(f"{path} cannot be written ({failure.strerror or failure}); {kept}") from error
     paths = state_paths(folder)

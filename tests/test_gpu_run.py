@@ -16,7 +16,8 @@ def pytest_run(folder: Path, plugin: str, *words: str) -> tuple[int, str]:
     """(exit code, output) of pytest with ``plugin``'s source loaded before any conftest."""
     (folder / "stand_in.py").write_text(plugin)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    paths = os.pathsep.join(map(str, (folder, TESTS, TESTS.parent)))
+    known = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = os.pathsep.join([*map(str, (folder, TESTS, TESTS.parent)), *known])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "stand_in", "-p", "no:cacheprovider", "-m", "gpu", "-rs", *words],
         env={**environment, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

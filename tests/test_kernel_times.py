@@ -139,7 +139,8 @@ print(json.dumps(found))
 def test_shapes_alone_ask_for_the_kernels_that_tensors_need() -> None:
     """The keys under which `benchmarks.warm` leaves a kernel are those under which a launch looks for it."""
     pytest.importorskip("triton.backends.nvidia")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", KEYS, json.dumps(SMALL)], env=environment, capture_output=True, text=True, check=False
     )

@@ -145,6 +145,22 @@ def test_a_set_is_bit_identical_in_any_batch_size(batch_size: int, three: Tensor
     assert torch.equal(rest, three[2:]), "first_id continues the set"
 
 
+def test_embedded_labels_do_not_depend_on_the_batch(device: torch.device):
+    """Labels that are embedded as timesteps go through torch's own products."""
+    changes = {"class_embed_type": "timestep", **ONE_LEVEL}
+    labels = torch.tensor([3.0, 700.0, 41.5, 8.0, 0.0])
+    program = make(device, 5, changes)
+    program.begin(seed=0, labels=labels)
+    together = program.time.classes.clone()
+    model = copy.deepcopy(network(**changes)).double()
+    truth = model.class_embedding(model._time_features(labels.double()))
+    assert float((together.double().cpu() - truth).abs().max()) < 1e-5 < float(truth.std())
+    alone = make(device, 1, changes)
+    for i in range(5):
+        alone.begin(seed=0, labels=labels[i : i + 1])
+        assert torch.equal(alone.time.classes[0], together[i])
+
+
 def test_class_conditional_and_guided_on_the_fused_set(device: torch.device):
     """Labels of a batch are projected in one launch a step, and an image's bits do not depend on its neighbours."""
     model, chain = network(**CLASSES), [500]

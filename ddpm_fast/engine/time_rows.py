@@ -75,8 +75,11 @@ class ClassRows:
         """Embed the labels of a batch: [images], or [images, E] where the model takes embeddings."""
         assert self.prepared.class_embedding is not None
         if self.prepared.config.class_embed_type == "timestep":
-            labels = self.prepared._time_features(labels)
-        self.classes.copy_(self.prepared.class_embedding(labels))
+            # Its MLP is torch's, whose products depend on the number of rows: one at a time, once a batch.
+            for i, features in enumerate(self.prepared._time_features(labels).split(1)):
+                self.classes[i : i + 1].copy_(self.prepared.class_embedding(features))
+        else:
+            self.classes.copy_(self.prepared.class_embedding(labels))
 
     def now(self, ops: Ops) -> TimeRows:
         n, width = self.classes.shape

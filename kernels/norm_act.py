@@ -75,54 +75,67 @@ def store_activated(
 
 @jit
 def _load_part(stats_ptr, first, p0, c, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr, PB: tl.constexpr):
-    """Counts, means and M2 [PB, NG, CGP] of parts p0.. for the pair's channels c, of the input that starts at first."""
-    part = p0 + tl.arange(0, PB)[:, None, None]
+    """Counts, means, M2 [PB, NG * CGP] of parts p0.. for the pair's channels c, of the input that starts at first."""
+    part = p0 + tl.arange(0, PB)[:, None]
     inside = mask & (c >= first) & (c < first + WIDTH)
-    at = stats_ptr + part * 3 * WIDTH + (c - first)[None, :, :]
-    inside = inside[None, :, :] & (part < PARTS)
+    at = stats_ptr + part * 3 * WIDTH + (c - first)[None, :]
+    inside = inside[None, :] & (part < PARTS)
     count = tl.load(at, mask=inside, other=0.0)
     return count, tl.load(at + WIDTH, mask=inside, other=0.0), tl.load(at + 2 * WIDTH, mask=inside, other=0.0)
 
 
 @jit
+def _group_sums(v, NG: tl.constexpr, CGP: tl.constexpr):
+    """[NG] of v [NG * CGP]."""
+    return tl.sum(tl.reshape(v, (NG, CGP)), axis=1)
+
+
+@jit
+def _spread(v, NG: tl.constexpr, CGP: tl.constexpr):
+    """[NG * CGP] of v [NG]: each group's value at its channels."""
+    return tl.reshape(tl.broadcast_to(v[:, None], (NG, CGP)), (NG * CGP,))
+
+
+@jit
 def merge_groups(
     stats_ptr, skip_stats_ptr, shift, c, mask, eps, C1: tl.constexpr, C2: tl.constexpr,
-    PARTS: tl.constexpr, SKIP_PARTS: tl.constexpr, PB: tl.constexpr,
+    PARTS: tl.constexpr, SKIP_PARTS: tl.constexpr, NG: tl.constexpr, CGP: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / sqrt(variance + eps) [NG] of the groups whose channels are the rows of c [NG, CGP].
+    """Mean and 1 / sqrt(variance + eps) [NG] of the groups whose channels are c [NG * CGP], CGP to a group.
 
     Chan's rule over all parts and channels at once: the weighted mean first, then every part's M2 about it;
     what the mean's rounding left behind is put right in the second pass. ``shift`` moves the channels' means.
+    Parts by channels, not by groups by channels of a group: of three axes, Triton 3.6 lays a warp along the parts.
     """
     count = tl.zeros_like(shift)
     total = tl.zeros_like(shift)
     for p0 in range(0, PARTS, PB):
         k, m, _ = _load_part(stats_ptr, 0, p0, c, mask, PARTS, C1, PB)
         count += tl.sum(k, axis=0)
-        total += tl.sum(k * (m + shift[None, :, :]), axis=0)
+        total += tl.sum(k * (m + shift[None, :]), axis=0)
     if skip_stats_ptr is not None:
         for p0 in range(0, SKIP_PARTS, PB):
             k, m, _ = _load_part(skip_stats_ptr, C1, p0, c, mask, SKIP_PARTS, C2, PB)
             count += tl.sum(k, axis=0)
-            total += tl.sum(k * (m + shift[None, :, :]), axis=0)
-    pixels = tl.maximum(tl.sum(count, axis=1), 1.0)
-    mean = tl.sum(total, axis=1) / pixels
-    centred = shift - mean[:, None]
+            total += tl.sum(k * (m + shift[None, :]), axis=0)
+    pixels = tl.maximum(_group_sums(count, NG, CGP), 1.0)
+    mean = _group_sums(total, NG, CGP) / pixels
+    centred = shift - _spread(mean, NG, CGP)
     rest = tl.zeros_like(shift)
     m2 = tl.zeros_like(shift)
     for p0 in range(0, PARTS, PB):
         k, m, s = _load_part(stats_ptr, 0, p0, c, mask, PARTS, C1, PB)
-        d = m + centred[None, :, :]
+        d = m + centred[None, :]
         rest += tl.sum(k * d, axis=0)
         m2 += tl.sum(s + k * d * d, axis=0)
     if skip_stats_ptr is not None:
         for p0 in range(0, SKIP_PARTS, PB):
             k, m, s = _load_part(skip_stats_ptr, C1, p0, c, mask, SKIP_PARTS, C2, PB)
-            d = m + centred[None, :, :]
+            d = m + centred[None, :]
             rest += tl.sum(k * d, axis=0)
             m2 += tl.sum(s + k * d * d, axis=0)
-    left = tl.sum(rest, axis=1) / pixels
-    variance = tl.maximum(tl.sum(m2, axis=1) / pixels - left * left, 0.0)
+    left = _group_sums(rest, NG, CGP) / pixels
+    variance = tl.maximum(_group_sums(m2, NG, CGP) / pixels - left * left, 0.0)
     return mean + left, tl.rsqrt(variance + eps)
 
 
@@ -149,21 +162,24 @@ def _norm_apply_kernel(
         bias_row_ptr += table_row(row_ptr, n) * bias_row_n
 
     first = tl.program_id(1) * BLOCK_C // CG
-    group = first + tl.arange(0, NG)
-    k = tl.arange(0, CGP)[None, :]
-    member = group[:, None] * CG + k
-    inside = (k < CG) & (member < C)
+    j = tl.arange(0, NG * CGP)
+    if CG == CGP:
+        member = first * CG + j
+        inside = member < C
+    else:  # a group's slots beyond its last channel stay empty
+        member = (first + j // CGP) * CG + j % CGP
+        inside = (j % CGP < CG) & (member < C)
     if skip_stats_ptr is not None:
         skip_stats_ptr += n * SKIP_PARTS * 3 * C2
     group_mean, group_rstd = merge_groups(
         stats_ptr + n * PARTS * 3 * C1, skip_stats_ptr, channel_vector(bias_row_ptr, member, inside, 0.0),
-        member, inside, eps, C1, C2, PARTS, SKIP_PARTS, PB,
+        member, inside, eps, C1, C2, PARTS, SKIP_PARTS, NG, CGP, PB,
     )  # fmt: skip
     if CG == CGP and NG * CGP == BLOCK_C:
-        mean = tl.reshape(tl.broadcast_to(group_mean[:, None], (NG, CGP)), (BLOCK_C,))
-        rstd = tl.reshape(tl.broadcast_to(group_rstd[:, None], (NG, CGP)), (BLOCK_C,))
+        mean = _spread(group_mean, NG, CGP)
+        rstd = _spread(group_rstd, NG, CGP)
     else:  # a gather as a sum over one nonzero term, which is exact
-        own = group[:, None] == (c // CG)[None, :]
+        own = (first + tl.arange(0, NG))[:, None] == (c // CG)[None, :]
         mean = tl.sum(tl.where(own, group_mean[:, None], 0.0), axis=0)
         rstd = tl.sum(tl.where(own, group_rstd[:, None], 0.0), axis=0)
 

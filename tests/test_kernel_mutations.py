@@ -88,9 +88,7 @@ BUGS = [
         "h + 0.0 * channel_vector(bias_row_ptr, c, valid, 0.0)",
         TILE,
     ),
-    Bug(
-        "means not shifted", "norm_act", "norm_act.py", "centred = shift - mean", "centred = 0.0 * shift - mean", PARTS
-    ),
+    Bug("means not shifted", "norm_act", "norm_act.py", "shift - _spread", "0.0 * shift - _spread", PARTS),
     Bug(
         "shift dropped",
         "norm_act",
@@ -117,14 +115,7 @@ BUGS = [
         TILE,
     ),
     Bug("skip ignored", "norm_act", "norm_act.py", "tl.where(c < C1, h, s)", "h", TILE),
-    Bug(
-        "boundary off by one",
-        "norm_act",
-        "norm_act.py",
-        "(c - first)[None, :, :]",
-        "(c - first - 1)[None, :, :]",
-        TWELVE,
-    ),
+    Bug("boundary off by one", "norm_act", "norm_act.py", "(c - first)[None, :]", "(c - first - 1)[None, :]", TWELVE),
     Bug("group off by one", "norm_act", "norm_act.py", "(c // CG)[None, :]", "((c + 1) // CG)[None, :]", TWELVE),
     Bug(
         "between parts",

@@ -46,7 +46,7 @@ tables: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## the tables of READM
 # What needs a GPU, in parts: each stands alone, keeps what it has measured if it is cut short, and is stopped after
 # LIMIT seconds; later parts run whatever became of earlier ones. On a machine without a network: make gpu
 # RUN=python3, with what pyproject.toml names installed there; what is missing is named, and what needs it skipped.
-GPU_PARTS := gpu-test gpu-speed gpu-rival gpu-sanitize
+GPU_PARTS := gpu-test gpu-speed gpu-tiles gpu-rival gpu-sanitize
 RESULTS ?= benchmarks/results
 LIMIT ?= 540
 JOBS ?= $(shell n=$$(nproc 2> /dev/null || echo 4); echo $$((n < 12 ? n : 12)))
@@ -55,7 +55,7 @@ SANITIZED := tests/test_sampler_step_kernel.py tests/test_norm_act_kernel.py tes
 NOT_SANITIZED := larger or any_shape or real_sizes or thousand
 .PHONY: gpu-there $(GPU_PARTS)
 
-gpu: gpu-there  ## with a CUDA device: its tests, the engine's speed, torch.compile beside it, the sanitizer
+gpu: gpu-there  ## with a CUDA device: its tests, the engine's speed, its tiles, torch.compile beside it, the sanitizer
 	@failed=; for part in $(GPU_PARTS); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	if [ -n "$$failed" ]; then echo "not all well:$$failed" >&2; exit 1; fi
 
@@ -76,6 +76,9 @@ gpu-speed: gpu-there  ## images/s and every kernel beside its roof, in bfloat16 
 	  $(RUN) -m benchmarks.warm --dtype float32 --batch 16 || bad=1; \
 	  $(RUN) -m benchmarks.engine --dtype float32 --batch 16 --out $(RESULTS) || bad=1; \
 	  $(RUN) -m ddpm_fast profile cifar10 --batch 64 --dtype bfloat16 --html $(RESULTS)/profile.html || bad=1; exit $$bad'
+
+gpu-tiles: gpu-there  ## which tile each convolution should have, at a large batch and at batch 1
+	$(WITHIN) sh -c '$(RUN) -m benchmarks.tiles --out $(RESULTS); $(RUN) -m benchmarks.tiles --batch 1 --out $(RESULTS)'
 
 gpu-rival: gpu-there  ## beside diffusers under torch.compile(max-autotune), which takes minutes for each batch size
 	$(WITHIN) sh -c '$(RUN) -m benchmarks.warm --batch 64 --batch 1 --batch 256 --batch 16; \

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine_row import RIVAL, Row, line, missing_rival
-from benchmarks.engine_text import heading, row_text
+from benchmarks.engine_text import heading, kernels_text, row_text
 from ddpm_fast.benchmarking.environment import environment
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.config import UNetConfig
@@ -74,19 +74,27 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
     save(found)
     if not report.ok:
         return found
-    for batch in [] if why_not else args.batch:
-        row = Row(ckpt, batch, args)
+    rows = [Row(ckpt, batch, args) for batch in ([] if why_not else args.batch)]
+    for row in rows:
         found["rows"].append(row.facts)
-        try:
-            row.measure()
-        except Exception as error:  # a lost context, say: what other batches gave stays
-            row.facts["failed"]["measuring"] = line(error)
+        _run(row.measure, row, args)
         save(found)
         print(row_text(row.facts), flush=True)
-        del row
-        if args.device.type == "cuda":
-            torch.cuda.empty_cache()
+    for row in rows:
+        _run(row.profile, row, args)
+        save(found)
+        if "kernel_us" in row.facts:
+            print(kernels_text(row.facts), flush=True)
     return found
+
+
+def _run(stage: Callable[[], None], row: Row, args: argparse.Namespace) -> None:
+    try:
+        stage()
+    except Exception as error:  # a lost context, say: what other batches gave stays
+        row.facts["failed"]["measuring"] = line(error)
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def write(out: Path, args: argparse.Namespace, found: dict[str, Any]) -> Path:

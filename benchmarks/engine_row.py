@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernel_times
+from ddpm_fast import ops
 from ddpm_fast.benchmarking.providers import Case, chosen
 from ddpm_fast.benchmarking.timing import clock_for, compare
 from ddpm_fast.checkpoints import Checkpoint
@@ -23,9 +24,11 @@ from ddpm_fast.sampler import DTYPES, Sampler
 
 GRAPHS = ("none", "step", "chunk", "loop")
 RIVAL = "torch.compile"
+PDL = "auto, pdl"  # the best form with programmatic dependent launches, an option that is off unless asked for
 
 
-def sampler(ckpt: Checkpoint, graph: str, batch: int, args: argparse.Namespace, steps: int) -> Sampler:
+def sampler(ckpt: Checkpoint, form: str, batch: int, args: argparse.Namespace, steps: int) -> Sampler:
+    graph, _, pdl = form.partition(", ")
     return Sampler(
         ckpt.model,
         ckpt.schedule,
@@ -34,6 +37,7 @@ def sampler(ckpt: Checkpoint, graph: str, batch: int, args: argparse.Namespace, 
         dtype=DTYPES[args.dtype],
         device=args.device,
         graph=graph,
+        ops=ops.triton(pdl=True) if pdl else "auto",
     )
 
 
@@ -70,7 +74,7 @@ class Row:
         }
 
     def measure(self) -> None:
-        graphs = () if not self.cuda else ("auto",) if self.args.compiled else GRAPHS[1:]
+        graphs = () if not self.cuda else ("auto",) if self.args.compiled else (*GRAPHS[1:], PDL)
         for graph in ("none", *graphs):
             self._ready(graph, partial(self._own, graph))
         if self.args.compiled and missing_rival(self.args) is None:
@@ -80,9 +84,17 @@ class Row:
         if not self.ready:
             return
         self._time()
-        for name, stage in (("chain", self._chain), ("kernels", self._kernels)):
-            if self.facts.get("best_graph") is None or (name == "kernels" and self.args.compiled):
-                continue
+        self._try("chain", self._chain)
+        self.ready, self.ours = {}, {}  # their memory is the next batch size's
+
+    def profile(self) -> None:
+        """Every kernel of a step, in `facts` too. After all loops are built: CUDA has crashed on building one once
+        its profiler had run (pytorch issue 134308)."""
+        if not self.args.compiled:
+            self._try("kernels", self._kernels)
+
+    def _try(self, name: str, stage: Callable[[], None]) -> None:
+        if self.facts.get("best_graph") is not None:
             try:
                 stage()
             except Exception as error:  # what has been measured stays
@@ -121,7 +133,7 @@ class Row:
 
     def _compare(self, name: str, images: Any) -> None:
         kinds = [getattr(runner, "kind", "none") for _, runner in self.ours[name]._programs.values()]
-        if kinds and kinds[-1] != name:
+        if kinds and kinds[-1] != name.partition(", ")[0]:
             self.facts["ran_as"][name] = kinds[-1]
         if self.eager is None:
             if not images.isfinite().all():
@@ -156,7 +168,7 @@ class Row:
         self.facts["samples_ms"] = {name: list(timed[name].samples_ms) for name in self.ready}
         if watch is not None:
             self.facts["gpu"] = _watched(watch)
-        own = {n: m for n, m in ms.items() if n in self.ours}
+        own = {n: m for n, m in ms.items() if n in self.ours and n != PDL}
         if own:
             best = min(own, key=own.__getitem__)
             chain = self.ckpt.schedule.num_train_timesteps
@@ -167,6 +179,8 @@ class Row:
             }
             if RIVAL in ms:
                 self.facts["times_torch_compile"] = ms[RIVAL] / own[best]
+            if PDL in ms:
+                self.facts["times_with_pdl"] = own[best] / ms[PDL]
 
     def _chain(self) -> None:
         """A whole chain in the best form, twice; the second is kept."""
@@ -182,7 +196,7 @@ class Row:
         """Every kernel of an eager step beside its roof."""
         if not self.cuda:
             return
-        ours = self.ours["none"]
+        ours = sampler(self.ckpt, "none", self.batch, self.args, self.args.steps)
         program = StepProgram(ours.model, ours.table, self.batch, ours.image_shape)
 
         def step() -> None:  # always the first of the chain: the counter must not run off the table

@@ -35,20 +35,27 @@ def row_text(row: dict[str, Any]) -> str:
         lines.append(f"batch {row['batch']}: nothing of ours could be timed")
     if "times_torch_compile" in row:
         lines.append(f"  torch.compile takes {row['times_torch_compile']:.2f} times as long")
+    if "times_with_pdl" in row:
+        lines.append(f"  with programmatic dependent launches {row['times_with_pdl']:.3f} times as fast")
     if row["peak_mib"]:
         lines.append("  peak MiB: " + ", ".join(f"{n} {mib:.0f}" for n, mib in row["peak_mib"].items()))
     if row["exact"]:
         lines.append("  the same bits: " + ", ".join(f"{n} {'yes' if ok else 'NO'}" for n, ok in row["exact"].items()))
     lines += [f"  {name} ran as {kind}" for name, kind in row["ran_as"].items()]
     lines += [f"  {name} FAILED: {why}" for name, why in row["failed"].items()]
-    if "kernel_us" in row:
+    return "\n".join(lines)
+
+
+def kernels_text(row: dict[str, Any]) -> str:
+    """A batch size's kernels, those with the largest gap to their roof."""
+    lines = [
+        f"batch {row['batch']}: {row['launches_a_step']} kernels ({row['planned_launches']} planned), "
+        f"{row['kernel_us']:.1f} us in all"
+        + (f", {row['roof_us']:.1f} us at the roofs" if "roof_us" in row else "; they do not fit the plan's order")
+    ]
+    for r in (row["launches"] or [])[:MOST_LINES]:
         lines.append(
-            f"  {row['launches_a_step']} kernels ({row['planned_launches']} planned), {row['kernel_us']:.1f} us in all"
-            + (f", {row['roof_us']:.1f} us at the roofs" if "roof_us" in row else "; they do not fit the plan's order")
+            f"    {r['us']:8.1f} us, {r['roof_share']:4.0%} of its {r['bound']} roof: {r['count']} x "
+            f"{r['operation']} {r['in']} > {r['out']} {r['detail']}"
         )
-        for r in (row["launches"] or [])[:MOST_LINES]:
-            lines.append(
-                f"    {r['us']:8.1f} us, {r['roof_share']:4.0%} of its {r['bound']} roof: {r['count']} x "
-                f"{r['operation']} {r['in']} > {r['out']} {r['detail']}"
-            )
     return "\n".join(lines)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .arguments import check_device, check_noise, number, shape_of_images, whole_labels, whole_number
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
@@ -21,6 +20,7 @@ from .engine.prepared import prepare
 from .graphs import why_no_graph
 from .noise import NoiseSource
 from .ops import Ops
+from .progress import progress_bar
 from .schedule import Schedule
 from .step_table import StepTable, step_table
 from .unet import UNet
@@ -217,7 +217,8 @@ class Sampler:
         finite = torch.ones(n, dtype=torch.bool, device=self.device)
         watched = interval if progress or callback is not None else len(self.table)
         units = call.units()
-        with _progress_bar(progress, len(units) * len(self.table), n) as bar:
+        images = f"{n} image{'s' * (n != 1)}"
+        with progress_bar(progress, len(units) * len(self.table), "step", images) as bar:
             shown = Shown(bar, callback, len(self.table), progress and self.device.type == "cuda")
             for unit in units:
 
@@ -383,9 +384,3 @@ def _image_shape(model: object) -> tuple[int, int, int]:
         "image_shape=(C, H, W) is needed: the model does not state its image size (on the command line, "
         "--set image_size=N or, for a diffusers model, sample_size=N)"
     )
-
-
-@contextmanager
-def _progress_bar(wanted: bool, total: int, n: int) -> Iterator[Any]:
-    with tqdm(total=total, disable=not wanted, unit="step", desc=f"{n} image{'s' * (n != 1)}") as bar:
-        yield bar

@@ -262,7 +262,7 @@ def test_progress_counts_every_step_of_every_batch(interval: int, monkeypatch: p
         def update(self, n: int) -> None:
             self.n += n
 
-    monkeypatch.setattr("ddpm_fast.sampler.tqdm", Bar)
+    monkeypatch.setattr("ddpm_fast.progress.tqdm", Bar)
     plain(batch_size=2).sample(3, progress=True, interval=interval)
     plain().sample(1)
     assert [(b.total, b.n, b.disable) for b in bars] == [(40, 40, False), (20, 20, True)]
@@ -271,7 +271,15 @@ def test_progress_counts_every_step_of_every_batch(interval: int, monkeypatch: p
 def test_the_progress_bar_is_on_stderr(capsys: pytest.CaptureFixture[str]):
     plain().sample(2, progress=True)
     out, err = capsys.readouterr()
-    assert out == "" and "2 images: 100%" in err and "20/20" in err
+    first, last = err.splitlines()  # no terminal, so lines of a log
+    assert out == "" and "2 images:   0%" in first and "2 images: 100%" in last and "20/20" in last and "\r" not in err
+
+
+def test_in_a_terminal_the_progress_bar_moves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ddpm_fast.progress.animated", lambda: True)
+    plain().sample(2, progress=True)
+    err = capsys.readouterr().err
+    assert err.startswith("\r2 images:   0%") and err.count("\r") > 1 and err.count("\n") == 1
 
 
 def test_the_user_s_model_is_not_changed():

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data.image_files import DataError
 from ..images import whole_file
+from ..progress import progress_bar
 from .features import Extractor
 from .image_stream import ImageStream
 
@@ -111,7 +111,7 @@ def features_of(stream: ImageStream, extractor: Extractor, batch_size: int = 64,
 
 def feature_batches(stream: ImageStream, extractor: Extractor, batch_size: int, progress: bool) -> Iterator[Tensor]:
     """Features [N, F] batch by batch, in order."""
-    with tqdm(total=stream.count, disable=not progress, unit="image", desc=Path(stream.source).name) as bar:
+    with progress_bar(progress, stream.count, "image", Path(stream.source).name) as bar:
         for pixels in stream.batches(batch_size):
             yield extractor(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2))
             bar.update(len(pixels))

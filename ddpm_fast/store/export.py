@@ -8,11 +8,12 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..images import picture
+from ..progress import progress_bar
 from ..whole_files import make_folder, sync_folder, whole_file
 from .samples import SampleStore, StoreError, npy_header
 
@@ -43,7 +44,7 @@ def export(store: SampleStore, out: Path, progress: bool = False) -> int:
             raise ValueError(f"the PNGs need a folder outside the set itself; got {out}")
         if store.image_shape[2] not in (1, 3, 4):
             raise ValueError(f"a PNG needs 1, 3 or 4 channels; these images have {store.image_shape[2]}; use .npz")
-    with tqdm(total=store.count, unit="image", desc=str(out), disable=not progress) as bar:
+    with progress_bar(progress, store.count, "image", str(out)) as bar:
         if suffix == ".npz":
             _npz(store, out, bar)
         elif suffix == ".tar":
@@ -53,7 +54,7 @@ def export(store: SampleStore, out: Path, progress: bool = False) -> int:
     return store.count
 
 
-def _npz(store: SampleStore, out: Path, bar: tqdm) -> None:
+def _npz(store: SampleStore, out: Path, bar: Any) -> None:
     """Members are written as they come; only the labels, eight bytes an image, are kept until the end."""
     labels = []
     with whole_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -69,7 +70,7 @@ def _npz(store: SampleStore, out: Path, bar: tqdm) -> None:
                 np.lib.format.write_array(member, np.concatenate(labels), version=(1, 0))  # type: ignore[arg-type]
 
 
-def _tar(store: SampleStore, out: Path, bar: tqdm) -> None:
+def _tar(store: SampleStore, out: Path, bar: Any) -> None:
     with whole_file(out) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
         for name, image, label in _pictures(store, bar):
             _member(archive, f"{name}.png", _png(image))
@@ -77,7 +78,7 @@ def _tar(store: SampleStore, out: Path, bar: tqdm) -> None:
                 _member(archive, f"{name}.cls", str(label).encode())
 
 
-def _folder(store: SampleStore, out: Path, bar: tqdm) -> None:
+def _folder(store: SampleStore, out: Path, bar: Any) -> None:
     """Each PNG is whole or not there; what a killed export lacks, the next one writes."""
     make_folder(out)
     lines = ["file,label\n"]
@@ -92,7 +93,7 @@ def _folder(store: SampleStore, out: Path, bar: tqdm) -> None:
     sync_folder(out)
 
 
-def _pictures(store: SampleStore, bar: tqdm) -> Iterator[tuple[str, np.ndarray, int | None]]:
+def _pictures(store: SampleStore, bar: Any) -> Iterator[tuple[str, np.ndarray, int | None]]:
     """(name by id, [H, W, C] uint8, class), in order."""
     digits = max(6, len(str(store.first_id + store.count - 1)))  # all alike, so that names sort
     for shard in range(len(store)):

@@ -8,16 +8,15 @@ the set does not depend on how many workers there were, or who drew what.
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..distributed import World
+from ..progress import progress_bar
 from ..sampler import Sampler, to_uint8
 from .claims import HEARTBEAT_S, STALE_S, Claims
 from .manifest import label_of
@@ -153,14 +152,13 @@ class Bar:
         self._store, self._wanted = store, wanted
         self._next_look = 0.0
         self._finished = store.images_in(store.finished()) if wanted else 0
-        self._bar = tqdm(
-            total=store.count,
+        self._bar = progress_bar(
+            wanted,
+            store.count,
+            "image",
+            str(store.folder),
             initial=self._finished,
-            disable=not wanted,
-            unit="image",
-            desc=str(store.folder),
             smoothing=0.02,  # several workers' shards come in bursts
-            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # a log file needs no animation
         )
 
     def __enter__(self) -> Bar:
@@ -168,7 +166,6 @@ class Bar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.look()
-        self._bar.refresh()
         self._bar.close()
 
     def look(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import distributed
 from ..checkpoints import diffusers
@@ -31,6 +29,7 @@ from ..config import UNetConfig
 from ..data import DataError, ImageData
 from ..images import grid, save_picture
 from ..presets import ADJUSTABLE, TrainConfig, learning_rate
+from ..progress import animated, progress_bar
 from ..sampler import Sampler, to_uint8
 from ..schedule import Schedule
 from . import state as train_state
@@ -96,7 +95,6 @@ class _Run:
     def __init__(self, trainer: Trainer, out: Path, progress: bool):
         self.trainer, self.config, self.out = trainer, trainer.config, out
         self.world, self.progress = trainer.world, progress and trainer.world.first
-        self.animated = sys.stderr.isatty()  # a log file needs no animation
         self.settings = trainer.settings()
         self.start = 0
         self.elapsed_before_s = 0.0
@@ -144,20 +142,12 @@ class _Run:
         self._began_s = time.perf_counter()
         self._reset_interval()
         done = self.start
-        seconds = 0.1 if self.animated else 30.0
         if done >= self.config.steps:  # a kill may have come between the last state and its export
             self.world.on_first(self._export)
         with (
             _stop_signals() as stop,
             self._open_log() as log,
-            tqdm(
-                initial=done,
-                total=self.config.steps,
-                unit="step",
-                disable=not self.progress,
-                mininterval=seconds,
-                miniters=1,  # else tqdm adds lines of its own every ten seconds
-            ) as bar,
+            progress_bar(self.progress, self.config.steps, "step", initial=done) as bar,
         ):
             for k, batch in self._batches():
                 loss, norm = self.trainer.step(k, batch)
@@ -216,7 +206,7 @@ class _Run:
         if self.world.first:
             log.write(json.dumps(entry) + "\n")
             log.flush()
-        bar.set_postfix_str(f"loss {mean:.4f}, {images_per_s:.0f} images/s", refresh=self.animated)
+        bar.set_postfix_str(f"loss {mean:.4f}, {images_per_s:.0f} images/s", refresh=animated())
         self.loss = mean
         self._reset_interval()
 

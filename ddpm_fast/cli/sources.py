@@ -11,7 +11,6 @@ import typer
 Network = Annotated[
     str | None,
     typer.Argument(
-        metavar="[source]",
         help="A folder, a weights file or a Hugging Face id; or, with random weights, a config.json or one of "
         "cifar10, lsun256, tiny. Default: the bundled model.",
     ),

@@ -53,10 +53,10 @@ def for_cpu(flops: float, threads: int, dtype: torch.dtype, obstacle: str | None
     """(set, reason) for a run of ``flops``. ``obstacle``: why `winograd` cannot run here, or None."""
     work = f"{flops / threads / 1e12:.2g} TFLOP a thread"
     if flops < LONG_RUN * threads:
-        return "cpu", f"one batch is {work}; compiling for winograd pays from {LONG_RUN / 1e12:g}"
+        return "cpu", f"one batch is {work}; compiling for winograd pays from {LONG_RUN / 1e12:g} TFLOP"
     if obstacle is not None:
         return "cpu", f"one batch is {work}, long enough for winograd, but {obstacle}"
-    return "winograd", f"one batch is {work}; compiling pays from {LONG_RUN / 1e12:g}"
+    return "winograd", f"one batch is {work}; compiling pays from {LONG_RUN / 1e12:g} TFLOP"
 
 
 def flops_of_a_batch(model: UNet, image_shape: tuple[int, int, int], batch_size: int | None) -> float:

@@ -21,11 +21,14 @@ def whole_file(path: str | Path, temporary: Path | None = None) -> Iterator[IO[b
     path = Path(path)
     if temporary is None:
         make_folder(path.parent)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        file = os.fdopen(handle, "wb")
-        temporary = Path(name)
-    else:
-        file = open(temporary, "wb")  # noqa: SIM115
+    try:
+        if temporary is None:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            file, temporary = os.fdopen(handle, "wb"), Path(name)
+        else:
+            file = open(temporary, "wb")  # noqa: SIM115
+    except OSError as error:
+        raise _of(path, error) from None
     try:
         with file:
             yield file
@@ -35,8 +38,8 @@ def whole_file(path: str | Path, temporary: Path | None = None) -> Iterator[IO[b
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # of a full disk, the system says no name
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # of a full disk, it has no name
+            raise _of(path, error) from None
         raise
     sync_folder(path.parent)
 
@@ -70,6 +73,11 @@ def make_folder(folder: str | Path) -> None:
         raise NotADirectoryError(f"{folder} cannot be a folder: a file is in its way") from None
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
+
+
+def _of(path: Path, error: OSError) -> OSError:
+    """The error with the name that the user knows."""
+    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
 def _umask() -> int:

@@ -118,6 +118,18 @@ def test_the_file_appears_only_when_it_is_whole(tmp_path: Path):
     assert path.read_bytes() == b"all of it" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="error numbers")
+@pytest.mark.parametrize("name", ["n" * 250, "folder", "folder.bin"])
+def test_an_error_names_the_file_and_not_the_temporary_one(name: str, tmp_path: Path):
+    """Of mkstemp, whose name is longer; of the last renaming; and of a temporary name that the caller gave."""
+    (tmp_path / "folder").mkdir()
+    given = tmp_path / "folder" if name == "folder.bin" else None
+    with pytest.raises(OSError) as failed, images.whole_file(tmp_path / name, given) as file:
+        file.write(b"x")
+    assert failed.value.filename == str(tmp_path / name) and failed.value.filename2 is None
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="permission bits")
 def test_permissions_follow_the_umask(tmp_path: Path):
     old = os.umask(0o027)

@@ -151,7 +151,7 @@ def main() -> None:
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
     """SIGTERM, and SIGHUP of a terminal that closes, end a command as Ctrl-C does: its temporary files and the
-    processes that it began go with it. A signal that is ignored (nohup) stays so."""
+    processes that it began go with it, and its claims are given back. A signal that is ignored (nohup) stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,8 +142,7 @@ def sample(
             raise ValueError(f"--film goes with a .png, an .npz or PNGs; {out} is to be a set of shards")
         if shard_size is not None and shard_size < 1:
             raise ValueError(f"--shard-size must be at least 1; got {shard_size}")
-        with _stopped_by_a_signal():
-            _fill(drawing, out, shard_size, verify, own_device(chosen_device(device), workers))
+        _fill(drawing, out, shard_size, verify, own_device(chosen_device(device), workers))
     else:
         _pictures(drawing, out, film, chosen_device(device))
 
@@ -340,20 +335,3 @@ def _number_or(option: str, text: str | None, word: str) -> Any:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-@contextmanager
-def _stopped_by_a_signal() -> Iterator[None]:
-    """A batch queue's or torchrun's SIGTERM ends the run as Ctrl-C does, so that its claims are given back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

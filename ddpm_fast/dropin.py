@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .sampler import DTYPES, Sampler, to_uint8
 from .schedule import Schedule
 from .unet import UNet
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 MOST_IMAGES = 2**30  # a pipeline draws all its images together, so the sampler must not cut them into batches
 PROGRESS_UPDATES = 100  # of a progress bar, each of which waits for the device
@@ -145,10 +146,31 @@ class Accelerated:
         """What is made anew at the next call is neither copied nor pickled."""
         return {**self.__dict__, "_read": None, "_sampler": None}
 
+    @overload
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: Literal[True] = True,
+    ) -> ImageOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        *,
+        return_dict: bool,
+    ) -> ImageOutput | tuple[Any]: ...
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
         num_inference_steps: int = 1000,
         output_type: str | None = "pil",
         return_dict: bool = True,
@@ -238,10 +260,35 @@ class AcceleratedDDIM(Accelerated):
 
     ddim = True
 
-    def __call__(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: Literal[True] = True,
+    ) -> ImageOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        *,
+        return_dict: bool,
+    ) -> ImageOutput | tuple[Any]: ...
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
         eta: float = 0.0,
         num_inference_steps: int = 50,
         use_clipped_model_output: bool | None = None,

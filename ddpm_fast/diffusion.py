@@ -61,7 +61,12 @@ def training_loss(
     labels: Tensor | None = None,  # [N]
     generator: torch.Generator | None = None,
 ) -> Tensor:  # scalar
-    """L_simple = E || eps - eps_theta(x_t, t) ||^2 (equation 14), averaged over every element.
+    """L_simple = E || eps - eps_theta(x_t, t) ||^2 (equation 14), averaged over every element: a scalar, in x0's
+    dtype and with its graph.
+
+    x0: images [N, C, H, W] in [-1, 1]. t: timesteps [N] int64 in 0 .. num_train_timesteps - 1, or one for all; by
+    default uniformly drawn. noise: eps, of x0's shape; by default standard normal. labels: [N], of a model that takes
+    them. What is drawn comes from ``generator``.
 
     With prediction_type "sample" or "v_prediction" the target is x_0 or v. Of a network that also outputs a
     variance (2C channels) the first C are trained: L_simple does not see the variance.

@@ -173,7 +173,12 @@ class Sampler:
         interval: int | None = None,  # steps; None: 1 with a callback, and for a bar alone what costs nothing
         check_finite: bool = True,
     ) -> Tensor:  # [n, C, H, W] float32, in [-1, 1] where the schedule clips
-        """Draw samples first_id .. first_id + n - 1 of ``seed``.
+        """Draw samples first_id .. first_id + n - 1 of ``seed``: [n, C, H, W] float32 on the sampler's device, in
+        [-1, 1] where the schedule clips x_0, as its default does (`to_uint8` makes pixels of them).
+
+        labels: the class, 0 .. num_classes - 1, of all images, or [n] of each; needed by a `UNet` with classes, and
+        for no `UNet` without; under guidance the last class stands for none. One with class_embed_type="identity"
+        takes embeddings instead, [n, config.time_width]. Any other callable gets [n, ...] as they are given here.
 
         callback(step, x) is called with x_T, after every ``interval`` steps and after the last, with the steps
         done and the batch as it stands, [<= batch_size, C, H, W] float32 on the sampler's device; copy it to

@@ -216,7 +216,6 @@ def test_networks_may_wrap_their_output(wrapped: Any):
         ({"x0": images()[0]}, r"x0 must be floating-point images .*; got torch.float64 \(3, 4, 4\)"),
         ({"model": lambda x, t: x[:, :2]}, r"output must be \[4, 3, 4, 4\], or of 6 channels; got \[4, 2, 4, 4\]"),
     ],
-    ids=str,
 )
 def test_what_a_loss_cannot_be_of(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):

@@ -32,6 +32,8 @@ from ddpm_fast.profiling.nvml import Sample, Series
 from ddpm_fast.profiling.probe import CudaClock, HostClock, Step
 from ddpm_fast.profiling.run import measure, watched_run
 from ddpm_fast.profiling.text import HEADER, cells, profile_text
+from ddpm_fast.report.files import facts
+from ddpm_fast.report.page import page
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.step_table import step_table
 
@@ -150,7 +152,11 @@ def test_work_beside_the_steps_is_noted(found: Profile):
     noisy = replace(original, **{name: around(name, getattr(original, name)) for name in SECONDS})
     p = made_up_profile(timed, steps=10, ops=noisy)
     assert p.timed_s == pytest.approx(found.timed_s + 0.3) and p.step_s == pytest.approx(found.step_s)
-    assert f"sum to {p.step_s / p.timed_s:.0%} of the median step" in p.notes[1] and len(found.notes) == 1
+    said = f"sum to {p.step_s / p.timed_s:.0%} of the median step"
+    lines = profile_text(p).splitlines()
+    (step,) = (i for i, line in enumerate(lines) if line.startswith("step "))
+    assert said in lines[step + 1] and said in page(p).partition("<main>")[0]  # where the step's time is
+    assert found.busy is None and said in facts(p)["notes"][0]
 
 
 def test_what_limits_is_said_in_the_order_of_what_is_lost(found: Profile):

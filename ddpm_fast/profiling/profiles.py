@@ -153,6 +153,16 @@ class Profile:
         return self.batch / (self.work_s * self.chain)
 
     @property
+    def busy(self) -> str | None:
+        """What a reader of the step's time must know where the parts do not add up to it."""
+        if self.step_s >= BUSY * self.timed_s:
+            return None
+        return (
+            f"the medians of a step's parts sum to {self.step_s / self.timed_s:.0%} of the median step: other work had "
+            "this device at times, and the parts are nearer to what they take alone"
+        )
+
+    @property
     def gpus(self) -> tuple[Series, ...]:
         return () if self.run is None else self.run.gpus
 
@@ -280,11 +290,6 @@ def _notes(p: Profile) -> list[str]:
         notes.append(
             f"{above} of {len(p.calls)} calls are above a roof: their data stayed in a cache, which is faster than "
             "memory, or they do fewer products than are counted"
-        )
-    if p.step_s < BUSY * p.timed_s:
-        notes.append(
-            f"the medians of a step's parts sum to {p.step_s / p.timed_s:.0%} of the median step: other work had this "
-            "device at times, and the parts are nearer to what they take alone"
         )
     return notes
 

@@ -72,6 +72,7 @@ def profile_text(p: Profile) -> str:
         "",
         f"step          {p.plain_s * 1e3:.3f} ms plain, {p.timed_s * 1e3:.3f} ms with instruments "
         f"({p.instrumented_ratio:.3f} times), {p.roof_s * 1e3:.3f} ms at the roofs ({p.roof_s / p.work_s:.0%})",
+        *([] if p.busy is None else [f"              {p.busy}"]),
         f"work          {flops / 1e9:.2f} GFLOP and {moved / 1e9:.3f} GB a step, at least",
         f"images/s      {p.images_per_s:.4g}, extrapolated to {p.chain} steps"
         + ("" if p.run is None else f"; {p.work_s * 1e3:.3f} ms a step with graph={p.run.graph}"),

@@ -64,7 +64,7 @@ def facts(p: Profile) -> dict[str, Any]:
         "gpus": [gpu_facts(p, gpu) for gpu in p.gpus],
         "gpu_note": None if p.gpus else gpu_note(p),
         "environment": dict(p.environment),
-        "notes": list(p.notes),
+        "notes": [*([] if p.busy is None else [p.busy]), *p.notes],
     }
 
 

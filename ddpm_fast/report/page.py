@@ -101,7 +101,8 @@ def _figures(p: Profile) -> str:
         if joules is not None:
             shown.append((short(joules), f"joules an image on {gpu.device}, extrapolated"))
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for value, name in shown)
-    return f'<dl class="figures">{items}</dl>'
+    beside = "" if p.busy is None else f'\n<p class="note">Of these times: {escape(p.busy)}.</p>'
+    return f'<dl class="figures">{items}</dl>{beside}'
 
 
 def _limits(p: Profile) -> str:

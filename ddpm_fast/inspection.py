@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import platform
+import re
 import shutil
 import sys
 import weakref
@@ -24,6 +25,8 @@ from .ops.compiled import compiler
 from .ops.triton_set import falls_back
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
+
+EXTRAS = {"eval": "for evaluate", "avatars": "to train on avatars:STYLE", "bench": "for all of bench's providers"}
 
 
 class _PeakMemory(TorchDispatchMode):
@@ -225,6 +228,7 @@ def diagnose() -> dict[str, Any]:
     else:
         findings.append("no CUDA GPU is visible to torch: sampling runs on the CPU")
     findings.append(_winograd_finding())
+    findings += _missing_extras()
     loops = {name: why_no_loop(torch.device(name)) for name in _devices(len(gpus))}
     findings += [_loop_finding(name, why_not) for name, why_not in loops.items()]
     if not gpus and shutil.which("nvidia-smi"):
@@ -260,6 +264,30 @@ def _winograd_finding() -> str:
     except RuntimeError as error:
         return str(error)
     return f"long runs on the CPU can have Winograd convolutions (ops=winograd), compiled by {' '.join(found)}"
+
+
+def _missing_extras() -> list[str]:
+    """By what this installation's metadata ask for; of a tree that is not installed nothing is known."""
+    try:
+        required = importlib.metadata.requires("ddpm-fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    findings = []
+    for extra, purpose in EXTRAS.items():
+        of_it = [line.partition(";")[0] for line in required if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+        names = [match[0] for line in of_it if (match := re.match(r"[\w.-]+", line))]
+        missing = [name for name in names if not _installed(name)]
+        if missing:
+            findings.append(f'{purpose}: pip install "ddpm-fast[{extra}]" (not installed: {", ".join(missing)})')
+    return findings
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _torch_build() -> str:

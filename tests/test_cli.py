@@ -87,6 +87,22 @@ def test_sample_to_npz_with_labels(run: Run, classes: Path, tmp_path: Path):
         assert near(file["arr_0"], drawn(classes, 3, labels=2)) and file["arr_1"].tolist() == [2, 2, 2]
 
 
+def test_a_class_may_be_called_by_its_name(run: Run, classes: Path, tmp_path: Path):
+    df.save(tmp_path / "named", df.load(classes).model, SCHEDULE, label_names=["cat", "dog", "7"])
+    for label, number in (("dog", 1), ("1", 1), ("7", None), ("cow", None)):
+        code, _, err = run("sample", "named", "-n", 1, "--label", label, "--out", "x.npz")
+        if number is None:  # a number is never a name
+            said = (
+                "labels must be in 0..2; got 7" if label == "7" else "a whole number or one of cat, dog, 7; got 'cow'"
+            )
+            assert code == 2 and said in err
+        else:
+            assert code == 0 and np.load(tmp_path / "x.npz")["arr_1"].tolist() == [number]
+    assert run("sample", "named", "-n", 2, "--label", "dog", "--store", "--out", "set")[0] == 0
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["labels"]["rule"] == 1
+    assert run("sample", "named", "-n", 2, "--label", 1, "--store", "--out", "set")[0] == 0
+
+
 def test_sample_to_a_folder_by_ids(run: Run, checkpoint: Path, tmp_path: Path):
     assert run("sample", checkpoint, "-n", 2, "--first-id", 3, "--out", "pictures")[0] == 0
     files = sorted((tmp_path / "pictures").iterdir())
@@ -176,6 +192,14 @@ def test_doctor(run: Run):
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert len(facts["gpus"]) == torch.cuda.device_count()
     assert facts["findings"]
+
+
+def test_doctor_names_the_extras_that_are_missing(run: Run, monkeypatch: pytest.MonkeyPatch):
+    required = ["torch>=2", 'torch>=2; extra == "eval"', "not-there-1>=1,<2; extra == 'bench'", 'b.c; extra == "bench"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: required)
+    text = run("doctor")[1]
+    said = [line for line in text.splitlines() if "pip install" in line and "ddpm-fast[" in line]
+    assert len(said) == 1 and said[0].endswith('pip install "ddpm-fast[bench]" (not installed: not-there-1, b.c)')
 
 
 def test_version(run: Run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ class Drawing:
     n: int
     seed: int
     first_id: int
-    label: int | str | None
+    label: int | str | None  # a class, its name, or "all"
     truncate: bool
     batch_size: int | str
     options: dict[str, Any]  # of `Sampler`: what was asked for and no more, so that its own defaults hold
@@ -70,7 +71,10 @@ def sample(
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Images drawn together.")] = "64",
     label: Annotated[
         str | None,
-        typer.Option(metavar="K|all", help="Class of a class-conditional model; all: image k has class k mod classes."),
+        typer.Option(
+            metavar="K|NAME|all",
+            help="Class of a class-conditional model, by number or name; all: image k has class k mod classes.",
+        ),
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     first_id: Annotated[int, typer.Option(help="Start at image FIRST_ID of the seed.")] = 0,
@@ -125,7 +129,7 @@ def sample(
         n,
         seed,
         first_id,
-        _number_or("--label", label, "all"),
+        int(label) if label is not None and re.fullmatch(r"[+-]?\d+", label) else label,
         truncate,
         batch if batch == "auto" else min(batch, n),
         _given(
@@ -205,6 +209,7 @@ def _begin(
     from ..store import manifest as store_manifest
 
     checkpoint = drawing.checkpoint()
+    drawing = replace(drawing, label=class_number(drawing.label, checkpoint))
     if (out / MANIFEST).exists():
         begun = SampleStore.open(out)
         if begun.manifest["device"] == device.type:  # else `begin` says that it is another
@@ -278,6 +283,17 @@ def _report(sampler: Sampler, store: SampleStore, changed: list[str], verify: bo
         print(f"ddpm-fast: damaged shards of {store.folder} are drawn again: {text}", file=sys.stderr)
 
 
+def class_number(label: int | str | None, checkpoint: Checkpoint) -> int | str | None:
+    """The number of a class that is named by ``label``; a number, "all" and None as they are."""
+    names = checkpoint.labels or []
+    if label is None or label == "all" or isinstance(label, int):
+        return label
+    if label in names:
+        return names.index(label)
+    known = f"one of {', '.join(names)}" if names else "all"
+    raise ValueError(f"--label must be a whole number or {known}; got {label!r}")
+
+
 def _check_labels(label: int | str | None, sampler: Sampler) -> None:
     """The sampler's own complaint about a label, before a set of them is begun."""
     if label == "all" and sampler.num_classes is None:
@@ -300,10 +316,11 @@ def _pictures(drawing: Drawing, out: Path, film: Path | None, device: torch.devi
     for path in (out, film):
         if path is not None:  # now, not when the images are drawn
             images.make_folder(path.parent if path.suffix else path)
-    sampler = drawing.sampler(drawing.checkpoint(), device)
+    checkpoint = drawing.checkpoint()
+    sampler = drawing.sampler(checkpoint, device)
     if film is not None or out.suffix.lower() != ".npz":
         images.check_channels(sampler.image_shape[0])
-    n, first_id, label = drawing.n, drawing.first_id, drawing.label
+    n, first_id, label = drawing.n, drawing.first_id, class_number(drawing.label, checkpoint)
     _check_labels(label, sampler)
     _say_which(drawing, sampler)
     classes = classes_of(sampler) or 1

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
     *("pytest", "numpy", "torch", "torch.distributed", "torch._dynamo", "safetensors.torch", "PIL.Image", "tqdm.auto"),
-    *("ddpm_fast.cli", "ddpm_fast.store.workers", "ddpm_fast.store.export", "ddpm_fast.checkpoints"),
+    *("ddpm_fast.cli.commands", "ddpm_fast.store.workers", "ddpm_fast.store.export", "ddpm_fast.checkpoints"),
 ]
 
 

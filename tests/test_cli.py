@@ -361,6 +361,29 @@ def test_ctrl_c_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT")
+def test_ctrl_c_while_torch_is_imported_makes_no_traceback(tmp_path: Path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm_fast", "doctor"],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "ddpm-fast: interrupted; nothing was begun\n")
+
+
+def test_names_of_the_package_are_imported_when_they_are_asked_for():
+    assert {name: getattr(df, name).__name__ for name in df.__all__ if name != "__version__"} == {
+        name: name for name in df.__all__ if name != "__version__"
+    }
+    assert set(df.__all__) <= set(dir(df))
+    with pytest.raises(AttributeError, match="no attribute 'sampel'"):
+        df.sampel  # noqa: B018
+
+
 def test_a_process_of_its_own_has_the_exit_code_and_no_traceback(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "ddpm_fast", "sample", "nowhere"],
@@ -387,7 +410,7 @@ def test_a_signal_to_end_clears_away_what_a_command_began(
             os.kill(os.getpid(), number)
             time.sleep(10)
 
-    monkeypatch.setattr(cli.commands, "app", command)
+    monkeypatch.setattr("ddpm_fast.cli.commands.app", command)
     try:
         code, _, err = run()
         assert signal.getsignal(number) is signal.SIG_DFL

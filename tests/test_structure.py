@@ -199,7 +199,7 @@ class Block:
 BLOCKED = {"triton", "diffusers"}
 sys.meta_path.insert(0, Block())
 import ddpm_fast as df
-import ddpm_fast.cli, ddpm_fast.training, ddpm_fast.inspection, ddpm_fast.images
+import ddpm_fast.cli.commands, ddpm_fast.training, ddpm_fast.inspection, ddpm_fast.images
 model = df.UNet(df.UNetConfig(sample_size=8, block_out_channels=(4, 8), down_block_types=("DownBlock2D",) * 2,
     up_block_types=("UpBlock2D",) * 2, norm_num_groups=2, attention_head_dim=4))
 x = df.Sampler(model, df.Schedule(num_train_timesteps=5)).sample(2)
@@ -216,7 +216,8 @@ except RuntimeError as error:
     code = """
 import sys, torch
 before = {"triton", "diffusers"} & set(sys.modules)  # torch may import triton by itself
-import ddpm_fast
+from ddpm_fast import *  # each name is imported when it is asked for
+import ddpm_fast.cli.commands
 print({"triton", "diffusers"} & set(sys.modules) == before)
 """
     assert run_python(code, ROOT, tmp_path) == "True"

@@ -1,5 +1,17 @@
 """The ``ddpm-fast`` command: one file a command, or a few that belong together; `commands` lists them all."""
 
-from .commands import app, main
+from __future__ import annotations
 
-__all__ = ["app", "main"]
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The entry point: that of `commands`, whose imports take seconds, in which Ctrl-C makes no traceback either."""
+    try:
+        from .commands import main as run
+    except KeyboardInterrupt:
+        print("ddpm-fast: interrupted; nothing was begun", file=sys.stderr)
+        raise SystemExit(130) from None
+    run()

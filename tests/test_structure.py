@@ -231,7 +231,7 @@ def test_no_file_is_longer_than_its_readers_patience():
 def test_constraints_are_within_the_project_s_ranges():
     packaging = pytest.importorskip("packaging.requirements")
     pins = dict(
-        line.split("==")
+        line.partition(";")[0].split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     )

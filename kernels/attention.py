@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import Launch, after_previous, cdiv, jit, next_power_of_2, require, start, tl, triton
+from .launch import Launch, after_previous, cdiv, interpreted, jit, next_power_of_2, require, start, tl
 from .norm_stats import nhwc_strides
 
 __all__ = ["attention", "attention_launch"]
@@ -132,11 +132,10 @@ def attention(
     (qkv_n, qkv_p), (y_n, y_p) = nhwc_strides(qkv, "qkv"), nhwc_strides(y, "out")
     launch = attention_launch(h * w, d, qkv.dtype)
     grid = (n * heads * cdiv(h * w, launch.meta["BM"]), cdiv(d, launch.meta["BD"]))
-    interpreted = triton is not None and not isinstance(_attention_kernel, triton.JITFunction)
     start(
         _attention_kernel, grid, qkv.device,
         qkv, y, qkv_n, y_n, math.log2(math.e) / math.sqrt(d), h * w, heads, d, qkv_p, y_p,
-        WIDEN=interpreted, pdl=pdl, **launch.options(),
+        WIDEN=interpreted(), pdl=pdl, **launch.options(),
     )  # fmt: skip
     return y
 

@@ -12,7 +12,7 @@ import torch
 
 from . import conv_kernel as device_code
 from .conv_pack import slice_channels
-from .launch import Launch, cdiv, triton
+from .launch import Launch, cdiv, interpreted
 from .launch_conv import conv_launch, has_descriptors, part_pixels
 from .reference import sides
 
@@ -136,11 +136,6 @@ def _specialize(shape: ConvShape, arch: int, launch: Launch | None) -> Specializ
         launch=launch,
         programs=cdiv(pixels, bm) * cdiv(shape.out_channels, bn) * shape.phases,
     )
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which multiplies bfloat16 as bit patterns."""
-    return triton is not None and not isinstance(device_code.conv_kernel, triton.JITFunction)
 
 
 def _short_depth(shape: ConvShape) -> int:

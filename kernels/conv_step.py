@@ -12,8 +12,8 @@ from .conv import architecture, enqueue
 from .conv_check import check_operands, check_packed, check_size
 from .conv_kernel import accumulate, corner, pixels
 from .conv_pack import PackedConv, pack_step_conv, step_rows
-from .conv_plan import DTYPES, GATHER, ConvShape, Specialization, fetch_modes, interpreted, source_boxes
-from .launch import Launch, after_previous, cdiv, jit, next_power_of_2, require, strides, tl
+from .conv_plan import DTYPES, GATHER, ConvShape, Specialization, fetch_modes, source_boxes
+from .launch import Launch, after_previous, cdiv, interpreted, jit, next_power_of_2, require, strides, tl
 from .launch_conv import step_launch
 from .sampler_step import advance, step_update, store_low, tile_noise
 

@@ -86,6 +86,11 @@ def after_previous():
     tl.extra.cuda.gdc_launch_dependents()
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which multiplies bfloat16 as bit patterns."""
+    return triton is not None and not isinstance(after_previous, triton.JITFunction)
+
+
 def start(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, pdl: bool = False, **options: Any
 ) -> None:
@@ -110,7 +115,7 @@ def compile_ahead(
     """Compile what ``run`` launches by `start`, launching none of it: many kernels at a time, where they would wait
     for one another if each were compiled at its first launch. In the interpreter ``run`` is not called.
     """
-    if triton is None or not isinstance(after_previous, triton.JITFunction):
+    if triton is None or interpreted():
         return
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
         token = _only_compiling.set(True)

@@ -273,7 +273,7 @@ def test_reasons_for_not_being_available(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_several_values_after_an_option(words: str, wanted: str) -> None:
-    assert cli_bench.joined(words.split(), cli_bench._takes_several()) == wanted.split()
+    assert cli_bench.joined(words.split(), cli_bench.TAKE_SEVERAL) == wanted.split()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> int:

@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """The entry point: that of `commands`, whose imports take seconds, in which Ctrl-C makes no traceback either."""
+    """The entry point: that of `commands`. Ctrl-C makes no traceback while it is imported either."""
     try:
         from .commands import main as run
     except KeyboardInterrupt:

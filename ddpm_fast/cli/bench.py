@@ -6,28 +6,26 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from typer.core import TyperCommand
 
-from .options import Device, Preset, Settings, assignments, chosen_device
+from ..benchmarking.names import PROVIDERS
+from .options import DTYPES, Device, Preset, Settings, assignments, chosen_device
 from .sources import Network, measured
+
+if TYPE_CHECKING:
+    import torch
 
 Words = list[str]
 
 
-def _takes_several() -> dict[str, Callable[[str], bool]]:
-    """Options whose values may follow each other, with what such a value looks like."""
-    from ..benchmarking.providers import DTYPES, providers
-
-    known = providers()
-    return {
-        "--batch": str.isdigit,
-        "--dtype": lambda word: all(part in DTYPES for part in word.split(",")),
-        "--providers": lambda word: all(part in known for part in word.split(",")),
-    }
+TAKE_SEVERAL: dict[str, Callable[[str], bool]] = {  # whose values may follow each other, and what a value looks like
+    "--batch": str.isdigit,
+    "--dtype": lambda word: all(part in DTYPES for part in word.split(",")),
+    "--providers": lambda word: all(part in PROVIDERS for part in word.split(",")),
+}
 
 
 def joined(words: Words, several: dict[str, Callable[[str], bool]]) -> Words:
@@ -51,10 +49,10 @@ def joined(words: Words, several: dict[str, Callable[[str], bool]]) -> Words:
 
 
 class SeveralValues(TyperCommand):
-    """A command whose options in `_takes_several` take one value or more."""
+    """A command whose options in `TAKE_SEVERAL` take one value or more."""
 
     def parse_args(self, ctx: Any, args: Words) -> Words:
-        return super().parse_args(ctx, joined(args, _takes_several()))
+        return super().parse_args(ctx, joined(args, TAKE_SEVERAL))
 
 
 def bench(
@@ -103,9 +101,9 @@ def bench(
     where = chosen_device(device)
     batches = [_whole(part, "--batch") for part in batch.split(",")]
     dtypes = (dtype or ",".join(_dtypes(where))).split(",")
-    unknown = [d for d in dtypes if d not in known.DTYPES]
+    unknown = [d for d in dtypes if d not in DTYPES]
     if unknown:
-        raise ValueError(f"--dtype must be of {', '.join(known.DTYPES)}; got {unknown[0]!r}")
+        raise ValueError(f"--dtype must be of {', '.join(DTYPES)}; got {unknown[0]!r}")
     if clock not in ("wall", "cpu") or (clock == "cpu" and where.type != "cpu"):
         raise ValueError(f"--clock must be wall, or on a CPU cpu; got {clock!r} on {where.type}")
     if steps < 1 or rounds < 1 or budget < 0:
@@ -157,7 +155,7 @@ def roofs(
 ) -> None:
     """Measure this device's peaks: copy, matrix product, convolution."""
     from .. import roofline
-    from ..benchmarking.providers import DTYPES
+    from ..benchmarking import providers as known
 
     where = chosen_device(device)
     names = dtype.split(",") if dtype else list(_dtypes(where))
@@ -165,7 +163,7 @@ def roofs(
     if unknown:
         raise ValueError(f"--dtype must be of {', '.join(DTYPES)}; got {unknown[0]!r}")
     _use(threads)
-    found = [roofline.roofs(where, DTYPES[d], refresh) for d in names]
+    found = [roofline.roofs(where, known.DTYPES[d], refresh) for d in names]
     print(json.dumps([r.facts() for r in found], indent=2) if as_json else roofline.roofs_text(found))
 
 
@@ -180,6 +178,8 @@ def _use(threads: int | None) -> None:
         return
     if threads < 1:
         raise ValueError(f"--threads must be at least 1; got {threads}")
+    import torch
+
     torch.set_num_threads(threads)
 
 
@@ -189,6 +189,6 @@ def _dtypes(device: torch.device) -> tuple[str, ...]:
 
 def _multiplied(device: torch.device) -> tuple[torch.dtype, ...]:
     """dtypes with a roof of their own; float16 on a CPU has no provider that would be held to it."""
-    from ..sampler import DTYPES
+    import torch
 
-    return tuple(DTYPES[name] for name in _dtypes(device))
+    return tuple(getattr(torch, name) for name in _dtypes(device))

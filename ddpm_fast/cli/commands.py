@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import stages
 from .._version import __version__
 from . import bench, convert, engine, evaluate, export, profile, sample
 from .options import Device, Preset, Settings, Source, assignments, chosen_device
@@ -45,10 +48,23 @@ def _about(
     """Denoising diffusion (DDPM), exact and fast: sample, train, inspect."""
 
 
-app.command()(sample.sample)
+def _with_torch(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which imports torch when it runs: its import takes seconds, which --help and a typing mistake
+    need not wait for."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            with stages.stage_now("importing torch"):
+                importlib.import_module("torch")
+        except KeyboardInterrupt:
+            print("ddpm-fast: interrupted; nothing was begun", file=sys.stderr)
+            raise SystemExit(130) from None
+        command(*args, **options)
+
+    return run
 
 
-@app.command()
 def train(
     data: Annotated[
         str,
@@ -84,7 +100,6 @@ def train(
         raise SystemExit(130)
 
 
-@app.command()
 def inspect(
     source: Source = None,
     batch_size: Annotated[int, typer.Option(help="For the memory estimate.")] = 1,
@@ -102,7 +117,6 @@ def inspect(
     print(json.dumps(facts, indent=2) if as_json else describe_text(facts))
 
 
-@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """Print versions, devices, what is accelerated here and why not."""
     from ..inspection import diagnose, diagnose_text
@@ -112,6 +126,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
 
 
 for command in (
+    sample.sample,
+    train,
+    inspect,
+    doctor,
     engine.verify,
     engine.plan,
     export.export,
@@ -119,15 +137,16 @@ for command in (
     bench.roofs,
     profile.profile,
 ):
-    app.command()(command)
-app.command(cls=bench.SeveralValues)(bench.bench)
-app.command(short_help="Write a checkpoint of any family as diffusers or OpenAI do.")(convert.convert)
+    app.command()(_with_torch(command))
+app.command(cls=bench.SeveralValues)(_with_torch(bench.bench))
+app.command(short_help="Write a checkpoint of any family as diffusers or OpenAI do.")(_with_torch(convert.convert))
 
 
 def main() -> None:
     """The entry point: a user's mistake costs one line on stderr and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *_: print(f"ddpm-fast: warning: {message}", file=sys.stderr)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    stages.show()
     try:
         with _ended_in_order():
             code = app(standalone_mode=False)
@@ -146,6 +165,8 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (ValueError, RuntimeError) as error:
         _fail(str(error))
+    finally:
+        stages.hide()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Preset, Settings, assignments
+from .options import Preset, Settings, assignments, chosen_dtype
 
 
 def convert(
@@ -20,13 +20,11 @@ def convert(
 ) -> None:
     """Write a checkpoint of any family in the diffusers layout (safetensors), or back in OpenAI's."""
     from .. import checkpoints
-    from ..sampler import DTYPES
 
     if to not in checkpoints.TARGETS:
         raise ValueError(f"--to must be {' or '.join(checkpoints.TARGETS)}; got {to}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+    stored = None if dtype is None else chosen_dtype(dtype)
     checkpoint = checkpoints.load(source, preset, assignments(settings))
-    for note in checkpoints.convert(checkpoint, out, to, None if dtype is None else DTYPES[dtype]):
+    for note in checkpoints.convert(checkpoint, out, to, stored):
         print(f"- {note}")
     print(f"{source} ({checkpoint.family}) as {to} in {out}")

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .options import Device, Preset, Settings, Source, assignments, chosen_device
+from .options import Device, Preset, Settings, Source, assignments, chosen_device, chosen_dtype
 from .sources import described
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
@@ -37,7 +36,7 @@ def verify(
     where = chosen_device(device)
     report = verify(
         load(source, preset, assignments(settings)),
-        dtype=_dtype(dtype),
+        dtype=chosen_dtype(dtype),
         ops=ops,
         device=where,
         n=n,
@@ -78,16 +77,8 @@ def plan(
     if preset_model is None and source in PRESETS and not Path(str(source)).exists():
         source, preset_model = None, source
     title, config, schedule = described(source, preset_model, preset, assignments(settings))
-    planned = plan(config, schedule, batch, gpu, _dtype(dtype), steps)
+    planned = plan(config, schedule, batch, gpu, chosen_dtype(dtype), steps)
     if as_json:
         print(json.dumps(plan_facts(planned, title, every), indent=2))
     else:
         print(plan_text(planned, title, every))
-
-
-def _dtype(name: str) -> torch.dtype:
-    from ..sampler import DTYPES
-
-    if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {name}")
-    return DTYPES[name]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 Source = Annotated[
     str | None,
@@ -17,6 +19,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting by its name. Repeat for more."),
 ]
+DTYPES = ("float32", "bfloat16", "float16")
+
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
 
 
@@ -36,6 +40,8 @@ def assignments(settings: list[str] | None) -> dict[str, Any]:
 
 def chosen_device(name: str | None) -> torch.device:
     """The device called ``name``, or a GPU if there is one. ValueError for what torch does not see here."""
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -49,3 +55,13 @@ def chosen_device(name: str | None) -> torch.device:
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; see ddpm-fast doctor"
         )
     return device
+
+
+def chosen_dtype(name: str) -> torch.dtype:
+    """The dtype called ``name``. ValueError for one that the engine does not compute in."""
+    import torch
+
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {name}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

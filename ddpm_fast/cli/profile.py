@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Preset, Settings, assignments, chosen_device
+from .options import Device, Preset, Settings, assignments, chosen_device, chosen_dtype
 from .sources import Network, measured
 
 
@@ -38,10 +38,8 @@ def profile(
     from ..images import make_folder
     from ..profiling import profile as measure
     from ..profiling.text import profile_text
-    from ..sampler import DTYPES
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+    precision = chosen_dtype(dtype)
     if not 0 < seconds < math.inf:
         raise ValueError(f"--seconds must be above 0, and finite; got {seconds}")
     wanted = ((html, report.write_html), (json_file, report.write_json), (trace, report.write_trace))
@@ -60,7 +58,7 @@ def profile(
         checkpoint.schedule,
         batch_size=batch,
         steps=steps,
-        dtype=DTYPES[dtype],
+        dtype=precision,
         device=where,
         ops=ops,
         graph=graph,

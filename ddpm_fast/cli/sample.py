@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from .options import Device, Preset, Settings, Source, assignments, chosen_device
+from .options import Device, Preset, Settings, Source, assignments, chosen_device, chosen_dtype
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoints import Checkpoint
     from ..distributed import World
     from ..sampler import Sampler
@@ -114,12 +115,10 @@ def sample(
     """
     from ..distributed import of_environment, own_device
     from ..engine.call import check_numbers
-    from ..sampler import DTYPES
 
     if n < 1:
         raise ValueError(f"-n must be at least 1; got {n}")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+    precision = chosen_dtype(dtype)
     check_numbers(n, first_id)
     batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
@@ -138,7 +137,7 @@ def sample(
             eta=eta,
             guidance_scale=guidance_scale,
         )
-        | {"dtype": DTYPES[dtype], "ops": ops, "graph": graph},
+        | {"dtype": precision, "ops": ops, "graph": graph},
     )
     workers = of_environment()
     if _is_store(out, n, store, shard_size, verify, workers):
@@ -262,6 +261,8 @@ def _join(
 
 def _use_threads(store: SampleStore) -> bool:
     """Compute with as many threads as the set was begun with; whether that is another number."""
+    import torch
+
     threads = store.manifest.get("threads")
     if threads is None or threads == torch.get_num_threads():
         return False

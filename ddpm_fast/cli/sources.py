@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 Network = Annotated[
@@ -19,6 +18,8 @@ Network = Annotated[
 
 def measured(source: str | None, preset: str | None, overrides: dict[str, Any]) -> Any:
     """A checkpoint, or a network with random weights from seed 0, on which a speed does not depend."""
+    import torch
+
     from ..checkpoints import Checkpoint, load
     from ..presets import PRESETS
     from ..unet import UNet

@@ -176,6 +176,9 @@ class Sampler:
         """Draw samples first_id .. first_id + n - 1 of ``seed``: [n, C, H, W] float32 on the sampler's device, in
         [-1, 1] where the schedule clips x_0, as its default does (`to_uint8` makes pixels of them).
 
+        seed: in [-2**63, 2**64); a negative one is the one 2**64 above it, as for torch.manual_seed. first_id: any
+        number of 64 bits, negative ones too (ids name noise); files are named by ids from 0 on.
+
         labels: the class, 0 .. num_classes - 1, of all images, or [n] of each; needed by a `UNet` with classes, and
         for no `UNet` without; under guidance the last class stands for none. One with class_embed_type="identity"
         takes embeddings instead, [n, config.time_width]. Any other callable gets [n, ...] as they are given here.
@@ -191,7 +194,7 @@ class Sampler:
         returned as they are, and the end of the call does not wait for the device.
         """
         n, seed, first_id = (whole_number(*given) for given in (("n", n), ("seed", seed), ("first_id", first_id)))
-        check_numbers(n, first_id)
+        check_numbers(n, first_id, seed)
         if interval is None:
             each_step = callback is not None or self.device.type == "cpu"
             interval = 1 if each_step else max(1, len(self.table) // 50)

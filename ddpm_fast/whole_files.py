@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL, errno.EACCES}
 
 
 @contextmanager
 def whole_file(path: str | Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes the name ``path`` when the block ends, and goes if it fails.
 
-    It is on the disk before it has its name, and so is the name when this returns. temporary: what it is called
+    It is on the disk before it has its name, and so is the name when this returns. A symbolic link keeps its place:
+    the file that it points to is replaced. A device or a pipe is written to as it is. temporary: what it is called
     until then, on the same file system, its folder and that of ``path`` being there; default: a random name beside
     ``path``, whose folder is made.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if _is_special(path):
+        with open(path, "wb") as file:
+            yield file
+        return
     if temporary is None:
         make_folder(path.parent)
     try:
@@ -42,6 +51,88 @@ def whole_file(path: str | Path, temporary: Path | None = None) -> Iterator[IO[b
             raise _of(path, error) from None
         raise
     sync_folder(path.parent)
+
+
+def write_once(path: Path, content: bytes) -> bool:
+    """Write ``path`` unless it is there already; whether this call wrote it. Of several processes one does."""
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with whole_file(own) as file:
+            file.write(content)
+        os.link(own, path)  # unlike a rename, this fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS or not own.exists():
+            raise
+        if path.exists():
+            return False
+        os.replace(own, path)  # a file system without hard links: FAT, some network ones
+    finally:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def check_file(path: str | Path, option: str = "") -> None:
+    """Make sure, before the work begins, that a file can be written at ``path``; its folder is made.
+
+    Args:
+        path: the file that is to be written or replaced.
+        option: the command line's name for it, for the message.
+
+    Raises:
+        OSError: with one line that names ``path`` and what is wrong: it is a folder, it is read-only, a file stands
+            where its folder should be, or nothing can be created there.
+    """
+    path, name = Path(path), f"{option} {path}".strip()
+    with _refused(name):
+        if path.is_dir():
+            raise IsADirectoryError(f"{name} is a folder; give a file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"{name} cannot be written to: it is read-only")
+        if _is_special(path):
+            return
+        real = Path(os.path.realpath(path))
+        make_folder(real.parent)
+        _try(real.parent, real.name)
+
+
+def check_folder(path: str | Path, option: str = "") -> None:
+    """Make sure, before the work begins, that files can be written in the folder ``path``; it is made.
+
+    Args and Raises are those of `check_file`.
+    """
+    with _refused(f"{option} {path}".strip()):
+        make_folder(path)
+        _try(Path(path), "")
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Says of the system's errors what they are about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # one of ours
+            raise
+        raise type(error)(f"{name} cannot be written: {error.strerror}") from None
+
+
+def _try(folder: Path, name: str) -> None:
+    """Write a file as `whole_file` would, and remove it. os.access knows nothing of /proc, long names, full disks."""
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    try:
+        os.write(handle, b"0")
+    finally:
+        os.close(handle)
+        os.unlink(temporary)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is there and neither a file nor a folder: a device, a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

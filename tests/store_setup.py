@@ -62,6 +62,7 @@ def manifest(n: int = 22, shard_size: int = 4, **changes: Any) -> dict[str, Any]
             "eta": 0.0,
             "table": "t" * 64,
             "dtype": "float32",
+            "ops": "reference",
             "batch_size": 4,
             "to_uint8": "round",
         },

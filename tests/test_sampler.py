@@ -197,7 +197,9 @@ def test_long_and_negative_seeds_and_far_ids():
     base = sampler.sample(1, seed=5)
     for seed in (2**63 + 5, 2**64 - 1, 2**32 + 5, -5):
         assert not torch.equal(sampler.sample(1, seed=seed), base)
-    assert torch.equal(sampler.sample(1, seed=2**64 + 5), base)  # a seed is 64 bits
+    for seed in (2**64, 2**64 + 5, -(2**63) - 1):  # a seed is 64 bits: none wraps round
+        with pytest.raises(ValueError, match=rf"seed must be in \[-2\*\*63, 2\*\*64\).*; got {seed}$"):
+            sampler.sample(1, seed=seed)
     assert torch.equal(sampler.sample(1, seed=-1), sampler.sample(1, seed=2**64 - 1))
     far = sampler.sample(2, seed=5, first_id=2**33 - 1)
     assert torch.equal(far[1:], sampler.sample(1, seed=5, first_id=2**33))

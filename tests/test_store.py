@@ -23,6 +23,7 @@ from store_setup import SHAPE, StandIn, begin, checkpoint, expected, files, leve
 import ddpm_fast as df
 from ddpm_fast.store import SampleStore, StoreError
 from ddpm_fast.store import manifest as store_manifest
+from ddpm_fast.store.export import export
 from ddpm_fast.store.workers import fill
 
 IMAGES = np.stack([levels(3, i) for i in range(22)])
@@ -204,6 +205,77 @@ def test_a_manifest_that_cannot_be_read(content: bytes, whole: Path):
             action()
 
 
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in nested dicts and lists, the outermost included."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+READ_BACK = {  # by which a set is drawn, read and named: no other value may stand there
+    *(
+        "format",
+        "n",
+        "first_id",
+        "seed",
+        "shard_size",
+        "image_shape",
+        "labels",
+        "labels.rule",
+        "labels.classes",
+        "device",
+    ),
+    *("threads", "model", "schedule", "environment", "sampler", "sampler.batch_size", "sampler.ops"),
+    *("sampler.to_uint8", "image_shape.0", "image_shape.1", "image_shape.2", ""),
+}
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    "junk", [MISSING, None, -1, 0, "x", [], {}, True, 1.5, 1e99, 2**64, float("nan"), [[]]], ids=str
+)
+def test_an_edited_manifest_costs_one_line(junk: Any, whole: Path):
+    """Every field of a manifest removed or replaced: a set that reads, or one line that names file and field."""
+    labels = {"rule": "all", "classes": 3}
+    sound = manifest(labels=labels)
+    right = [  # what other value may stand where
+        ("seed", -1), ("seed", 0), ("first_id", 0), ("threads", None), ("labels", None), ("labels.rule", 0),
+        ("sampler.ops", "x"), ("device", "x"), ("model", {}), ("schedule", {}), ("environment", {}),
+    ]  # fmt: skip
+    for place in places(sound):
+        edited = json.loads(json.dumps(sound))
+        if not place:
+            edited = None if junk is MISSING else junk
+        else:
+            inner = edited
+            for key in place[:-1]:
+                inner = inner[key]
+            if junk is MISSING:
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = junk
+        name = ".".join(map(str, place))
+        (whole / "manifest.json").write_text(json.dumps(edited))
+        fine = name not in READ_BACK or any(name == n and junk == v and type(junk) is type(v) for n, v in right)
+        if fine:
+            SampleStore.open(whole)
+            continue
+        with pytest.raises(StoreError) as caught:
+            SampleStore.open(whole)
+        message = str(caught.value)
+        assert "\n" not in message and len(message) < 400 and str(whole / "manifest.json") in message, (name, message)
+        assert place == () or str(place[0]) in message, (name, message)
+
+
+def test_a_manifest_that_says_another_shape_than_the_shards_have(whole: Path, tmp_path: Path):
+    (whole / "manifest.json").write_text(json.dumps(manifest(image_shape=[6, 4, 3])))
+    with pytest.raises(
+        StoreError, match=r"000000.npy does not fit .*manifest.json, by which it is uint8 \[4, 6, 4, 3\]"
+    ):
+        export(SampleStore.open(whole), tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
+
+
 def test_a_set_begun_by_many_at_once_has_one_manifest(tmp_path: Path):
     """Eight threads with a manifest each: all continue the first one's."""
     found: list[Any] = []
@@ -264,7 +336,7 @@ def test_a_shard_larger_than_is_held_at_once_is_drawn_in_parts(tmp_path: Path, m
 
 
 def test_too_many_shards(tmp_path: Path):
-    with pytest.raises(StoreError, match=r"less than 1,000,000 shards; got 5,000,000: 11 images a shard"):
+    with pytest.raises(ValueError, match=r"less than 1,000,000 shards; got 5,000,000: 11 images a shard are the least"):
         begin(tmp_path / "set", n=10_000_000, shard_size=2)
 
 

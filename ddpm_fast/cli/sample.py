@@ -119,7 +119,11 @@ def sample(
     if n < 1:
         raise ValueError(f"-n must be at least 1; got {n}")
     precision = chosen_dtype(dtype)
-    check_numbers(n, first_id)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"--seed must be in 0 .. 2**64 - 1; got {seed}")
+    if first_id < 0:
+        raise ValueError(f"--first-id must be 0 or more, as files are named by it; got {first_id}")
+    check_numbers(n, first_id, seed)
     batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
         source,

@@ -1,5 +1,5 @@
 """Sets of samples on the disk: shards and a manifest, claims on shards, workers that fill them, exports."""
 
-from .samples import MANIFEST, UNFINISHED, SampleStore, StoreError
+from .samples import MANIFEST, UNFINISHED, OtherSet, SampleStore, StoreError
 
-__all__ = ["MANIFEST", "UNFINISHED", "SampleStore", "StoreError"]
+__all__ = ["MANIFEST", "UNFINISHED", "OtherSet", "SampleStore", "StoreError"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..sampler import Sampler
 
 FORMAT = 1
+MOST_SHARDS = 1_000_000  # six digits, so that names sort
 TARGET_SHARDS = 1000  # about as many as a set is cut into, where a shard of one batch would make more
 # What may differ between the runs of one set: where the weights lay, and what it runs on (warned of).
 _NOT_COMPARED = ("source", "environment")
@@ -98,6 +99,76 @@ def describe(
     }
 
 
+def is_known_format(value: Any) -> bool:
+    return _is_whole(value, FORMAT, FORMAT + 1)
+
+
+def check_manifest(manifest: Any) -> None:
+    """Raise ValueError, naming the field, unless a set can be made and read by this manifest.
+
+    Only what is read back is checked; everything else is compared and no more.
+    """
+    if not isinstance(manifest, Mapping):
+        raise ValueError(f"a manifest is a JSON object; got {_short(manifest)}")
+    for name in ("format", "labels", "threads"):
+        if name not in manifest:
+            raise ValueError(f"{name} is missing")
+    n = _whole(manifest, "n", 1, 2**63)
+    _whole(manifest, "seed", -(2**63), 2**64)
+    _whole(manifest, "first_id", 0, 2**63 - n + 1)
+    size = _whole(manifest, "shard_size", 1, 2**63)
+    if -(-n // size) >= MOST_SHARDS:
+        raise ValueError(
+            f"a set has less than {MOST_SHARDS:,} shards; got {-(-n // size):,}: {-(-n // (MOST_SHARDS - 1)):,} images "
+            "a shard are the least"
+        )
+    shape = manifest.get("image_shape")
+    if not isinstance(shape, (list, tuple)) or len(shape) != 3 or not all(_is_whole(side, 1, 2**31) for side in shape):
+        raise ValueError(f"image_shape must be three positive whole numbers (H, W, C); got {_short(shape)}")
+    if size * shape[0] * shape[1] * shape[2] >= 2**63:
+        raise ValueError(f"shard_size and image_shape must make a shard that can be; got {size} of {_short(shape)}")
+    for name in ("model", "schedule", "sampler", "environment"):
+        _section(manifest, name)
+    if not isinstance(manifest.get("device"), str):
+        raise ValueError(f"device must be text; got {_short(manifest.get('device'))}")
+    if manifest["threads"] is not None:
+        _whole(manifest, "threads", 1, 2**20)
+    sampler = manifest["sampler"]
+    _whole(sampler, "batch_size", 1, 2**63, "sampler.")
+    if not isinstance(sampler.get("ops"), str):
+        raise ValueError(f"sampler.ops must be text; got {_short(sampler.get('ops'))}")
+    if sampler.get("to_uint8") not in ("round", "truncate"):
+        raise ValueError(f"sampler.to_uint8 must be round or truncate; got {_short(sampler.get('to_uint8'))}")
+    if manifest["labels"] is not None:
+        _check_labels(_section(manifest, "labels"))
+
+
+def _check_labels(labels: Mapping[str, Any]) -> None:
+    rule, classes = labels.get("rule"), labels.get("classes")
+    if rule == "all" or classes is not None:
+        _whole(labels, "classes", 1, 2**31, "labels.")
+    if rule != "all" and not _is_whole(rule, 0, classes or 2**63):
+        raise ValueError(f'labels.rule must be "all" or a class of {classes}; got {_short(rule)}')
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name} must be a JSON object; got {_short(section)}")
+    return section
+
+
+def _whole(values: Mapping[str, Any], name: str, least: int, end: int, path: str = "") -> int:
+    value = values.get(name)
+    if not _is_whole(value, least, end):
+        raise ValueError(f"{path}{name} must be a whole number from {least} to {end - 1}; got {_short(value)}")
+    return value  # type: ignore[return-value]
+
+
+def _is_whole(value: Any, least: int, end: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
+
+
 def classes_of(sampler: Sampler) -> int | None:
     """Classes that can be asked for: under guidance the last one stands for none."""
     classes = sampler.num_classes
@@ -159,5 +230,5 @@ def _compare(was: Mapping[str, Any], now: Mapping[str, Any], path: str) -> list[
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

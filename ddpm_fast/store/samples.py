@@ -19,32 +19,46 @@ import io
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..whole_files import make_folder, sync_folder, whole_file
-from .manifest import FORMAT, differences, environment_differences
+from ..whole_files import make_folder, whole_file, write_once
+from .manifest import FORMAT, check_manifest, differences, environment_differences, is_known_format
 
 MANIFEST, IMAGES, LABELS, CHECKSUMS, UNFINISHED = "manifest.json", "images", "labels", "checksums", "unfinished"
-MOST_SHARDS = 1_000_000  # six digits, so that names sort
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL, errno.EACCES}
 
 
 class StoreError(RuntimeError):
     """A set cannot be begun, continued or read; one line that says why and what to do."""
 
 
+class OtherSet(StoreError):
+    """The folder holds a set that was begun with other options.
+
+    Attributes:
+        names: the fields that differ, dotted.
+        begun: the manifest of the set that is there.
+    """
+
+    def __init__(self, folder: Path, differences: Sequence[str], begun: Mapping[str, Any], what: str = "a set"):
+        self.names, self.begun = [line.partition(":")[0] for line in differences], begun
+        super().__init__(
+            f"{folder} holds {what} that was begun with other options: {'; '.join(differences)}. "
+            "Set them back, or name another folder"
+        )
+
+
 class SampleStore:
     """The set in a folder. Made by `open`, to read it, or `begin`, to draw it."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        check_manifest(manifest)
         self.folder, self.manifest = folder, dict(manifest)
         self.count: int = manifest["n"]
         self.first_id: int = manifest["first_id"]
@@ -62,11 +76,14 @@ class SampleStore:
             raise StoreError(f"{folder} holds no sample store: there is no {MANIFEST} in it")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest.get("format") != FORMAT:
-                raise StoreError(f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+            if isinstance(manifest, dict) and not is_known_format(manifest.get("format", FORMAT)):
+                raise StoreError(f"{path} has format {manifest['format']!r}; this version reads {FORMAT}")
             return cls(folder, manifest)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged, or no sample store's: {error!r}") from None
+        except (ValueError, RecursionError) as error:
+            raise StoreError(
+                f"{path} is damaged, or no sample store's: {str(error) or type(error).__name__}; put the file back as "
+                "it was, or name another folder"
+            ) from None
 
     @classmethod
     def begin(
@@ -75,27 +92,29 @@ class SampleStore:
         manifest: Mapping[str, Any],
         left_open: Collection[str] = (),  # dotted names of what a continued set decides
     ) -> tuple[SampleStore, list[str]]:
-        """The store of this manifest in a folder, begun or continued; and what about the machine has changed since.
+        """Begin or continue the set of ``manifest`` in a folder. Several processes may do so at once.
 
-        Several processes may do so at once. StoreError: the folder holds something else, or a set that was begun
-        with other options, which are named; or it cannot be written to.
+        Args:
+            folder: where the set is, or is to be.
+            manifest: what the set is a function of (`manifest.describe`).
+            left_open: dotted names of fields that a set which was begun decides.
+
+        Returns:
+            The store, and what about the machine has changed since it was begun.
+
+        Raises:
+            OtherSet: the folder holds a set that was begun with other options; they are named.
+            StoreError: the folder holds something else, or cannot be written to.
+            ValueError: the manifest makes no sense.
         """
         store = cls(Path(folder), manifest)
-        if len(store) >= MOST_SHARDS:
-            least = -(-store.count // (MOST_SHARDS - 1))
-            raise StoreError(
-                f"a set has less than {MOST_SHARDS:,} shards; got {len(store):,}: {least:,} images a shard"
-            )
         with store.disk():
             if not (store.folder / MANIFEST).exists():
                 store._create()
             found = cls.open(folder)
             wrong = [d for d in differences(found.manifest, manifest) if d.partition(":")[0] not in left_open]
             if wrong:
-                raise StoreError(
-                    f"{folder} holds a set that was begun with other options: {'; '.join(wrong)}. "
-                    "Set them back, or name another folder"
-                )
+                raise OtherSet(Path(folder), wrong, found.manifest)
             if not found.whole():
                 for name in (IMAGES, CHECKSUMS, UNFINISHED, *((LABELS,) if found.labelled else ())):
                     make_folder(found.folder / name)
@@ -185,7 +204,17 @@ class SampleStore:
                     f"shard {shard} of {self.folder} is {wrong}; the ddpm-fast sample command that began the set, "
                     "with --verify, draws what is missing or damaged"
                 )
-            arrays.append(np.load(io.BytesIO(content), allow_pickle=False))
+            try:
+                array = np.load(io.BytesIO(content), allow_pickle=False)
+            except (ValueError, EOFError, OSError):
+                array = np.empty(0)
+            shape, dtype = self._form(kind, shard)
+            if array.shape != shape or array.dtype != dtype:
+                raise StoreError(
+                    f"{path} does not fit {self.folder / MANIFEST}, by which it is {dtype} {list(shape)}; got "
+                    f"{array.dtype} {list(array.shape)}; put the manifest back as it was"
+                )
+            arrays.append(array)
         return arrays[0], arrays[1] if self.labelled else None
 
     def shards(self) -> Iterator[np.ndarray]:
@@ -229,25 +258,15 @@ class SampleStore:
             raise StoreError(
                 f"{folder} holds other things ({strangers[0]}, ...) and no {MANIFEST}; name a new or an empty folder"
             )
-        own = folder / f".{MANIFEST}.{uuid.uuid4().hex}"
-        try:
-            with whole_file(own) as file:
-                file.write((json.dumps(self.manifest, indent=2) + "\n").encode())
-            os.link(own, folder / MANIFEST)  # unlike a rename, this fails where the name is taken
-        except FileExistsError:
-            pass
-        except OSError as error:
-            if error.errno not in _NO_LINKS or not own.exists():
-                raise
-            if not (folder / MANIFEST).exists():  # a file system without hard links: FAT, some network ones
-                os.replace(own, folder / MANIFEST)
-        finally:
-            with suppress(OSError):
-                own.unlink(missing_ok=True)
-        sync_folder(folder)
+        write_once(folder / MANIFEST, (json.dumps(self.manifest, indent=2) + "\n").encode())
 
     def _kinds(self) -> tuple[str, ...]:
         return (IMAGES, LABELS) if self.labelled else (IMAGES,)
+
+    def _form(self, kind: str, shard: int) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of a shard's array."""
+        count = len(self.ids(shard))
+        return ((count, *self.image_shape), np.dtype(np.uint8)) if kind == IMAGES else ((count,), np.dtype(np.int64))
 
     def _path(self, kind: str, shard: int) -> Path:
         return self.folder / kind / f"{shard:06d}{'.sha256' if kind == CHECKSUMS else '.npy'}"
@@ -271,18 +290,13 @@ class SampleStore:
         return {name.partition("/")[0]: value for value, name in pairs}
 
     def _sound(self, shard: int, every: bool) -> bool:
-        count = len(self.ids(shard))
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            IMAGES: ((count, *self.image_shape), np.uint8),
-            LABELS: ((count,), np.int64),
-        }
         try:
             record, changed = self._path(CHECKSUMS, shard).stat(), False
             if not record.st_size:  # after a power failure a name may be there without its content
                 return False
             for kind in self._kinds():
-                status, (shape, dtype) = self._path(kind, shard).stat(), shapes[kind]
-                size = len(npy_header(shape, np.dtype(dtype))) + int(np.prod(shape)) * np.dtype(dtype).itemsize
+                status, (shape, dtype) = self._path(kind, shard).stat(), self._form(kind, shard)
+                size = len(npy_header(shape, dtype)) + int(np.prod(shape)) * dtype.itemsize
                 if status.st_size != size:
                     return False
                 changed |= status.st_mtime_ns > record.st_mtime_ns

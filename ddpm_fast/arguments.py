@@ -21,6 +21,12 @@ def whole_number(name: str, value: object) -> int:
         raise ValueError(f"{name} must be a whole number; got {value!r}") from None
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless torch takes the seed. A negative one is the one 2**64 above it."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2**63, 2**64), as for torch.manual_seed; got {seed}")
+
+
 def number(name: str, value: object, positive: bool = False) -> float:
     """``value`` as a finite float. ValueError, naming the argument, for what is none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import check_seed
 from .checkpoints import Checkpoint
 from .engine import CallableProgram, Program, StepProgram
 from .kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, sampler_step, threshold
@@ -152,6 +153,7 @@ def verify(
     """
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
+    check_seed(seed)
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1; got {probes}")
     device = torch.device(device)

@@ -243,6 +243,7 @@ def test_help(run: Run):
         (("sample", "CKPT", "--seed", -1), "--seed must be in 0 .. 2**64 - 1; got -1"),
         (("sample", "CKPT", "--first-id", -1), "--first-id must be 0 or more, as files are named by it; got -1"),
         (("verify", "CKPT", "--seed", 2**64), "seed must be in [-2**63, 2**64), as for torch.manual_seed; got 1844674"),
+        (("evaluate", "a.npz", "--against", "b.npz", "--seed", 2**64), "seed must be in [-2**63, 2**64)"),
         (("sample", "CKPT", "--set", "sample_size=7", "--out", "set", "--store"), "multiples of 2; got 7x7"),
         (("sample", "CKPT", "--film", "a.png", "--out", "./a.png"), "--film and --out must be two files; got a.png"),
         (("verify", "CLASSES", "--label", 3), "labels must be in 0..2; got 3\n"),

@@ -45,11 +45,13 @@ def evaluate(
     """Measure how far samples are from images: Frechet distance, KID.
 
     Or with --pair whether two sets of samples of one model differ."""
+    from ..arguments import check_seed
     from ..evaluation.features import extractor
     from ..whole_files import make_folder
 
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
+    check_seed(seed)
     if (pair is None) == (samples is None):
         raise ValueError("give either SAMPLES with --against DATA, or --pair A B")
     if pair is None and against is None:

@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_seed
 from ..noise import NoiseSource, Philox, TorchNoise
 
 
 def check_numbers(n: int, first_id: int, seed: int) -> None:
-    """Raise ValueError unless there can be n images from this id on, each id in 64 bits, of a seed that torch takes.
-
-    A negative seed is the one 2**64 above it, as for torch.manual_seed.
-    """
+    """Raise ValueError unless there can be n images from this id on, each id in 64 bits, of a seed that torch takes."""
     if n < 0:
         raise ValueError(f"n must be 0 or more; got {n}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be in [-2**63, 2**64), as for torch.manual_seed; got {seed}")
+    check_seed(seed)
     if not -(2**63) <= first_id <= 2**63 - n:
         raise ValueError(f"ids first_id .. first_id + n - 1 must fit in 64 bits; got first_id={first_id} and n={n}")
 

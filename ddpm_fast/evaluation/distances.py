@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_seed
 from ..data.image_files import DataError
 from ..images import whole_file
 from ..progress import progress_bar
@@ -72,6 +73,7 @@ def evaluate(
 
     Raises ValueError where statistics of another extractor are given, or of fewer than two images.
     """
+    check_seed(seed)
     if against.extractor not in (None, extractor.name) or len(against.mean) != extractor.num_features:
         raise ValueError(
             f"statistics and samples must have features of one extractor; got {against.extractor} with "

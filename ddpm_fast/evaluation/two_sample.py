@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_seed
 from .features import Extractor
 from .image_stream import ImageStream
 
@@ -71,6 +72,7 @@ def compare_pair(
     seed: int = 0,  # of swaps and resamples
 ) -> PairReport:
     """Compares the first ``most_pairs`` images of two sets. ValueError for fewer than 20 or other sizes."""
+    check_seed(seed)
     count = min(a.count, b.count, most_pairs)
     if count < 20:
         raise ValueError(f"a comparison needs at least 20 images in both sets; got {a.count} and {b.count}")

@@ -17,12 +17,12 @@ from torch import Tensor
 from ddpm_fast import ops as sets
 from ddpm_fast.benchmarking.checks import allowances
 from ddpm_fast.benchmarking.timing import Run, copies_for, rotated
+from ddpm_fast.house_rule import error
 from ddpm_fast.kernels import cost, reference
 from ddpm_fast.kernels.cost import Cost
 from ddpm_fast.ops import Ops
 from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table
-from ddpm_fast.verification import error
 
 GROUPS, EPS = 32, 1e-6
 MOST_COPIES = 64

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .benchmarking.checks import full_float32
 from .benchmarking.environment import device_name
 from .benchmarking.timing import Clock, Run, clock_for
+from .house_rule import full_float32
 from .whole_files import whole_file
 
 BUDGET_S = 3.0  # for all roofs of one dtype

@@ -1,19 +1,15 @@
 """Is it right here? A set of operations and a dtype, held to a float64 reference on the same noise.
 
-The house rule: err(ours) <= 2 * err(torch in the same dtype) + floor, for the largest error and the RMS one,
-each scaled by max(rms(truth), |truth|). Torch's error is the larger of its two memory layouts. A result that is not
-finite is infinitely wrong, ours and torch's; torch's then allows nothing but the floor. A truth that is not finite
-judges nobody: the network or its chain diverges, whoever computes it, and that is said instead. The rule judges
-single steps from the reference's own x_t, where errors do not compound; how far a whole chain drifts is told
-beside it.
+The house rule (`house_rule`) judges single steps from the reference's own x_t, where errors do not compound; torch's
+error is the larger of its two memory layouts. A float64 truth that is not finite judges nobody: the network or its
+chain diverges whoever computes it, and that is what the user is told. How far a whole chain drifts is shown beside the
+verdict and not judged.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -23,54 +19,11 @@ from torch import Tensor
 from .arguments import check_seed
 from .checkpoints import Checkpoint
 from .engine import CallableProgram, Program, StepProgram
+from .house_rule import FLOOR, Error, error, full_float32, within, worst
 from .kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, sampler_step, threshold
 from .ops import Ops
 from .sampler import Sampler
 from .unet import UNet
-
-# Eight steps of float32: what two right orders of the same float32 sum may differ by.
-FLOOR = 2.0**-20
-
-
-class Error(NamedTuple):
-    """Of one tensor: scaled as the house rule has it."""
-
-    largest: float
-    rms: float
-    psnr: float  # dB over the truth's own span, or that of images; infinite for equality
-
-
-def error(got: Tensor, truth: Tensor, span: float | None = None) -> Error:
-    """The scaled error of ``got`` [...] against the float64 ``truth`` [...]; infinite where ``got`` is not finite.
-
-    ValueError where the truth is not finite: by an infinite scale every error would be nothing.
-    """
-    truth = truth.double()
-    if not truth.isfinite().all():
-        raise ValueError("the float64 truth is not finite, so nothing can be held to it")
-    off = (got.to(truth.device).double() - truth).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    largest = truth.abs().max().clamp_min(1e-30)
-    rms = largest * (truth / largest).square().mean().sqrt()  # which no square overflows
-    scaled = off / truth.abs().clamp_min(rms).clamp_min(1e-30)
-    span = float(truth.max() - truth.min()) if span is None else span
-    mse = float(off.square().mean())
-    psnr = math.inf if mse == 0 else -math.inf if mse == math.inf or span == 0 else 10 * math.log10(span**2 / mse)
-    return Error(float(scaled.max()), float(scaled.square().mean().sqrt()), psnr)
-
-
-def within(ours: Error, theirs: Error, floor: float = FLOOR) -> bool:
-    """The house rule, where ``theirs`` is the error of torch in the same dtype."""
-    return ours.largest <= allowed(theirs.largest, floor) and ours.rms <= allowed(theirs.rms, floor)
-
-
-def allowed(theirs: float, floor: float = FLOOR, times: float = 2.0) -> float:
-    """What an error may be, where torch has ``theirs``; an infinite one allows nothing more."""
-    return times * theirs + floor if math.isfinite(theirs) else floor
-
-
-def _worst(errors: Iterable[Error]) -> Error:
-    largest, rms, psnr = zip(*errors)
-    return Error(max(largest), max(rms), min(psnr))
 
 
 class Pair(NamedTuple):
@@ -163,7 +116,7 @@ def verify(
     if steps is not None:
         steps = min(steps, schedule.num_train_timesteps)
     options: dict[str, Any] = {"steps": steps, "dtype": dtype, "device": device, "ops": ops}
-    with _full_float32():
+    with full_float32():
         sampler = Sampler(model, schedule, batch_size=n, graph="none", **options)
         labels = _labels(sampler, model, n, label)
         chains = _Chains(model, sampler, n, seed, labels)
@@ -251,8 +204,8 @@ class _Chains:
         return Probe(
             i,
             self.table.timesteps[i],
-            Pair(error(mine, out), _worst(error(y, out) for y in same)),
-            Pair(error(my_x, after), _worst(error(self.step(i, x, y), after) for y in same)),
+            Pair(error(mine, out), worst(error(y, out) for y in same)),
+            Pair(error(my_x, after), worst(error(self.step(i, x, y), after) for y in same)),
         )
 
     def own_step(self, i: int, x: Tensor, third: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -323,17 +276,6 @@ def _labels(sampler: Sampler, model: UNet, n: int, label: int | None) -> Tensor 
         return sampler.checked_labels(label, n)
     classes = model.config.num_class_embeds or model.config.num_train_timesteps or 1000
     return torch.arange(n, device=sampler.device) % classes
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32: torch's float32 on a GPU would be far from float32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def report_text(r: Report) -> str:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from house_rule import check, fresh, poison
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutation import assert_turns_red, mutant
+from tensors import fresh, poison
 from torch import Tensor
 
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import attention, reference
 
 pytest.importorskip("triton")

@@ -16,13 +16,13 @@ from models import TINY, normal, unet
 import ddpm_fast as df
 from ddpm_fast import ops
 from ddpm_fast.benchmarking import providers, run, startup, text
-from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, FLOAT32_LIMITS, Judge, allowances, full_float32
+from ddpm_fast.benchmarking.checks import CHAIN_LIMIT, FLOAT32_LIMITS, Judge, allowances
 from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.cli import bench as cli_bench
 from ddpm_fast.cli import sources
+from ddpm_fast.house_rule import FLOOR, full_float32
 from ddpm_fast.roofline import Roofs
-from ddpm_fast.verification import FLOOR
 
 CPU = torch.device("cpu")
 SCHEDULE = df.Schedule(num_train_timesteps=20)

@@ -15,11 +15,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from house_rule import check, double, first_nan, fresh, poison
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensors import double, first_nan, fresh, poison
 from torch import Tensor
 
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import conv as fused
 from ddpm_fast.kernels import reference
 from ddpm_fast.kernels.launch import Launch

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from house_rule import check, fresh, normal64, poison
+from tensors import fresh, normal64, poison
 from torch import Tensor
 
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import conv, conv_step, reference, sampler_step
 
 pytest.importorskip("triton")

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from house_rule import check, normal64
+from tensors import normal64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -21,6 +21,7 @@ from ddpm_fast.config import UNetConfig
 from ddpm_fast.engine import CallableProgram, EagerRunner, StepProgram
 from ddpm_fast.engine import program as engine
 from ddpm_fast.engine.prepared import prepare
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels.reference import INITIAL_STEP
 from ddpm_fast.ops import buffers
 from ddpm_fast.ops.buffers import Memory, Plan

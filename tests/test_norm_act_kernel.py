@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from house_rule import check, double, error, fresh, poison
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensors import double, fresh, poison
 from torch import Tensor
 
+from ddpm_fast.house_rule import check, error
 from ddpm_fast.kernels import norm_act, norm_stats, reference
 
 pytest.importorskip("triton")

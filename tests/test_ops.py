@@ -12,12 +12,13 @@ from unittest import mock
 
 import pytest
 import torch
-from house_rule import check, fresh
+from tensors import fresh
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import ops
 from ddpm_fast.config import UNetConfig
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import cost, reference
 from ddpm_fast.kernels.reference import Shortcut
 from ddpm_fast.presets import PRESETS

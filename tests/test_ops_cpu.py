@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from house_rule import FLOOR, check, check_op, double, fresh
 from models import TINY, normal, unet
+from tensors import check_op, double, fresh
 from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast import ops
 from ddpm_fast.engine.choose_ops import choose_ops
 from ddpm_fast.engine.prepared import prepare, weight_bytes
+from ddpm_fast.house_rule import FLOOR, check
 from ddpm_fast.kernels import host_memory, norm_compiled, norm_cpu, onednn, reference, upsample_difference
 from ddpm_fast.kernels.native import ELEMENTS
 from ddpm_fast.kernels.reference import Shortcut

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from house_rule import check, double, error, fresh
 from models import normal, unet
+from tensors import double, fresh
 from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast import ops
 from ddpm_fast.engine.prepared import prepare
+from ddpm_fast.house_rule import check, error
 from ddpm_fast.kernels import reference
 from ddpm_fast.kernels.reference import Shortcut
 from ddpm_fast.kernels.winograd import F2, F4, Products, Scheme

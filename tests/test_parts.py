@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from house_rule import fresh, poison
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import fresh, poison
 from torch import Tensor
 
 from ddpm_fast import ops

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from house_rule import box_muller64, normal64, poison
+from tensors import box_muller64, normal64, poison
 from torch import Tensor
 
 from ddpm_fast.kernels import philox

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from house_rule import check, fresh
+from tensors import fresh
 from torch import Tensor
 
 from ddpm_fast import ops
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.engine.prepared import prepare, weight_bytes
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels.conv_pack import PackedConv, pack_upsample_conv
 from ddpm_fast.unet import UNet
 

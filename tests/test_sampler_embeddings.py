@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from house_rule import check
 from models import TINY, diffusers_unet, normal, unet
 from torch import Tensor
 
 import ddpm_fast as df
+from ddpm_fast.house_rule import check
 from ddpm_fast.sampler import Sampler
 
 CHAIN = (60, 20)

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from house_rule import check, fresh, normal64, poison
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensors import fresh, normal64, poison
 from torch import Tensor
 
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import reference, sampler_step
 
 pytest.importorskip("triton")

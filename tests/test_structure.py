@@ -27,7 +27,7 @@ ALLOWED_IN_KERNELS = {"torch", "triton", "numpy"}
 # the top of files). One that is not named here may stand anywhere, as long as it closes no circle.
 LAYERS = [
     {"kernels", "_version"},
-    {"config", "schedule", "whole_files", "distributed", "progress", "stages"},
+    {"config", "schedule", "house_rule", "whole_files", "distributed", "progress", "stages"},
     {"ops", "step_table", "noise", "diffusion", "data"},
     {"unet", "presets"},
     {"checkpoints", "graphs", "images"},

@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers.models.downsampling import downsample_2d
 from diffusers.models.upsampling import upsample_2d
-from house_rule import check, fresh
 from models import diffusers_unet, normal, unet
+from tensors import fresh
 from test_unet import NCSNPP, relative_error
 
 from ddpm_fast import ops
 from ddpm_fast.engine.prepared import prepare
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import reference
 from ddpm_fast.ops import compiled
 from ddpm_fast.sampler import Sampler

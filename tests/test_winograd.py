@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import house_rule
 import pytest
 import torch
 import torch.nn.functional as F
-from house_rule import fresh, poison
+from tensors import double, fresh, poison
 from torch import Tensor
 
+from ddpm_fast.house_rule import check, error
 from ddpm_fast.kernels import onednn, reference
 from ddpm_fast.kernels.norm_compiled import AFFINE, AFFINE_SILU, RAW
 from ddpm_fast.kernels.winograd import (
@@ -155,12 +155,12 @@ def test_a_convolution_with_all_that_surrounds_it(scheme: Scheme, dtype: torch.d
     assert torch.allclose(in_parts.float(), y.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     del around["bias"]
     definition = reference.upsample_conv if scheme is UP else reference.conv
-    truth = definition(whole, weight.double(), bias.double(), **{k: house_rule.double(v) for k, v in around.items()})
+    truth = definition(whole, weight.double(), bias.double(), **{k: double(v) for k, v in around.items()})
     if dtype == torch.bfloat16 and scheme is not F4:  # F(4x4) is not used in bfloat16
-        house_rule.check(y, definition(whole.to(dtype), weight.to(dtype), bias.to(dtype), **around), truth)
+        check(y, definition(whole.to(dtype), weight.to(dtype), bias.to(dtype), **around), truth)
     else:
         bound = {F2: 2e-6, UP: 2e-6, F4: 2e-5}[scheme] if dtype == torch.float32 else 0.1
-        assert house_rule.error(y, truth).largest <= bound
+        assert error(y, truth).largest <= bound
     values, rows = stats
     mean, m2 = merged(values, rows, up * h, up * w)
     wide = y.double().flatten(2)

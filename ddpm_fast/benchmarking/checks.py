@@ -1,27 +1,24 @@
 """Is a provider right? Held to float64 on single steps, and to the float32 reference over the trajectory that is timed.
 
-The house rule judges the network's outputs: error against float64 at most twice that of plain torch in the same
-dtype, as maximum and as RMS (`verification`); in float32, `FLOAT32_LIMITS` where that is more. Over a trajectory
-rounding compounds, so its limit only has to tell rounding from another computation: a loop with a wrong coefficient,
-without its noise, or with images exchanged.
+The network's outputs are held to the house rule (`house_rule`), and in float32 to `FLOAT32_LIMITS` where those are
+more. Over a trajectory rounding compounds, so its limit only has to tell rounding from another computation: a loop with
+a wrong coefficient, without its noise, or with images exchanged.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..house_rule import allowed, error, full_float32, worst
 from ..sampler import Sampler
 from ..step_table import step_table
 from ..unet import UNet
-from ..verification import Error, allowed, error
 from .providers import DISTINCT, Case, Sampling
 
 PROBES = 3  # steps whose outputs are judged: the first, the last, and between
@@ -80,7 +77,7 @@ class Judge:
         x = self.spread(self.x)
         for i, truth in zip(self.probes, truths):
             errors.append(error(sampling.network(x, i), self.spread(truth)))
-        largest, rms = _worst(errors)
+        largest, rms, _ = worst(errors)
         largest_allowed, rms_allowed = self.allowed(dtype, strict)
         drawn, wanted = sampling.chain(self.seed), self.chain(sampling.noise)
         off = (drawn.to(wanted.device).float().clamp(-1, 1) - wanted).abs().nan_to_num(nan=math.inf)
@@ -111,7 +108,7 @@ class Judge:
                 for layout in (torch.contiguous_format, torch.channels_last):
                     torch.nn.Module.to(plain, memory_format=layout)  # type: ignore[call-overload]
                     errors += [error(self.output(plain, i, layout), t) for i, t in zip(self.probes, self.truth())]
-            largest, rms = _worst(errors)
+            largest, rms, _ = worst(errors)
             self._allowed[key] = allowances(dtype, largest, rms)
         return self._allowed[key]
 
@@ -144,19 +141,3 @@ def allowances(dtype: torch.dtype, largest: float, rms: float, times: float = 2.
     """(largest, RMS) that an error may have, where torch in the same dtype has these."""
     floors = FLOAT32_LIMITS if dtype == torch.float32 else (0.0, 0.0)
     return max(allowed(largest, times=times), floors[0]), max(allowed(rms, times=times), floors[1])
-
-
-def _worst(errors: list[Error]) -> tuple[float, float]:
-    return max(e.largest for e in errors), max(e.rms for e in errors)
-
-
-@contextmanager
-def full_float32(wanted: bool = True) -> Iterator[None]:
-    """No TF32 inside the block."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    if wanted:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints import Checkpoint, save
+from ..house_rule import full_float32
 from ..inspection import model_cost
 from ..unet import UNet
-from .checks import Judge, full_float32
+from .checks import Judge
 from .environment import environment, load_average
 from .providers import DTYPES, Case, Provider, Sampling
 from .startup import startup

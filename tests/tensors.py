@@ -1,68 +1,16 @@
-"""The house rule for floating point: err(ours, ref64) <= 2 * err(torch in the same dtype, ref64) + floor.
-
-It holds for the largest error and for the RMS one. An error is scaled by max(rms(ref), |ref|), so that
-values near zero are judged by the size of their tensor and large ones by their own. A result that is not finite is
-infinitely wrong. A truth that is not finite, or torch's own result, is a mistake of the test: it could hold nobody to
-anything, and by an infinite scale or allowance everything would pass.
-"""
+"""Inputs, poisoned outputs and float64 noise for the tests, and `check_op` around an operation and its definition."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.house_rule import check
 from ddpm_fast.kernels import reference
-
-# Eight steps of float32: what two right orders of the same float32 sum may differ by.
-FLOOR = 2.0**-20
-
-
-class Error(NamedTuple):
-    largest: float
-    rms: float
-    index: tuple[int, ...]  # of the largest
-
-
-def error(ours: Tensor, ref64: Tensor) -> Error:
-    """Scaled error of ours [...] against ref64 [...], which must be finite; infinite where ours is not."""
-    ref = ref64.detach().double().cpu()
-    got = ours.detach().double().cpu()
-    assert bool(ref.isfinite().all()), "the truth is not finite: choose other inputs"
-    largest = ref.abs().max().clamp_min(1e-30)
-    rms = largest * (ref / largest).square().mean().sqrt()  # which no square overflows
-    scale = ref.abs().clamp_min(rms).clamp_min(1e-30)
-    e = ((got - ref).abs() / scale).nan_to_num(nan=math.inf, posinf=math.inf)
-    where = int(e.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(where), e.shape))
-    return Error(float(e.max()), float(e.square().mean().sqrt()), index)
-
-
-def check(ours: Tensor, same_dtype_torch: Tensor, ref64: Tensor, floor: float = FLOOR, name: str = "result") -> None:
-    """Assert the house rule; all three tensors have one shape, ref64 is the float64 truth.
-
-    ``same_dtype_torch`` is what plain torch gives in the dtype of ``ours``.
-    """
-    assert ref64.dtype == torch.float64, f"the truth must be float64; got {ref64.dtype}"
-    assert ref64.numel(), "an empty result proves nothing"
-    assert ours.shape == ref64.shape == same_dtype_torch.shape, (ours.shape, same_dtype_torch.shape, ref64.shape)
-    assert ours.dtype == same_dtype_torch.dtype, f"dtypes differ: {ours.dtype} and {same_dtype_torch.dtype}"
-    assert bool(ref64.isfinite().all()), "the truth is not finite: choose other inputs"
-    assert bool(same_dtype_torch.isfinite().all()), f"torch in {ours.dtype} is not finite: choose other inputs"
-    unwritten = int(ours.isnan().sum())
-    assert not unwritten, f"{name}: {unwritten} of {ours.numel()} values are NaN, first at {first_nan(ours)}"
-    mine, theirs = error(ours, ref64), error(same_dtype_torch, ref64)
-    for kind, a, b in (("largest", mine.largest, theirs.largest), ("RMS", mine.rms, theirs.rms)):
-        if not a <= 2 * b + floor:
-            i = mine.index
-            raise AssertionError(
-                f"{name}: {kind} error {a:.3e} exceeds 2 x {b:.3e} (torch in {ours.dtype}) + {floor:.1e}; largest "
-                f"at {i} of {tuple(ours.shape)}: ours {float(ours[i]):.8g}, torch {float(same_dtype_torch[i]):.8g}, "
-                f"truth {float(ref64[i]):.8g}"
-            )
 
 
 def first_nan(x: Tensor) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ kernels: .venv/ready  ## compile every kernel for sm_80 to sm_120 and read the m
 	$(BIN)/python -m benchmarks.compile_kernels
 
 bench: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## time every provider on this machine, write the pages' tables
-	$(RUN) -m ddpm_fast bench cifar10 --batch 1 4 16 --out benchmarks/results/cifar10-$(or $(KIND),cpu).json
+	$(RUN) -m ddpm_fast bench cifar10 --batch-size 1 4 16 --out benchmarks/results/cifar10-$(or $(KIND),cpu).json
 	$(RUN) -m benchmarks.tables
 
 tables: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## the tables of README.md and docs/performance.md from the JSON that is there
@@ -75,7 +75,7 @@ gpu-speed: gpu-there  ## images/s and every kernel beside its roof, in bfloat16 
 	  $(RUN) -m benchmarks.engine --out $(RESULTS) || bad=1; \
 	  $(RUN) -m benchmarks.warm --dtype float32 --batch 16 || bad=1; \
 	  $(RUN) -m benchmarks.engine --dtype float32 --batch 16 --out $(RESULTS) || bad=1; \
-	  $(RUN) -m ddpm_fast profile cifar10 --batch 64 --dtype bfloat16 --html $(RESULTS)/profile.html || bad=1; exit $$bad'
+	  $(RUN) -m ddpm_fast profile cifar10 --batch-size 64 --dtype bfloat16 --html $(RESULTS)/profile.html || bad=1; exit $$bad'
 
 gpu-tiles: gpu-there  ## which tile each convolution should have, at a large batch and at batch 1
 	$(WITHIN) sh -c '$(RUN) -m benchmarks.tiles --out $(RESULTS); $(RUN) -m benchmarks.tiles --batch 1 --out $(RESULTS)'

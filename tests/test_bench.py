@@ -21,6 +21,7 @@ from ddpm_fast.benchmarking.providers import DTYPES, Case, Provider, chosen
 from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.cli import bench as cli_bench
 from ddpm_fast.cli import sources
+from ddpm_fast.cli.words import joined
 from ddpm_fast.house_rule import FLOOR, full_float32
 from ddpm_fast.roofline import Roofs
 
@@ -261,19 +262,19 @@ def test_reasons_for_not_being_available(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("--batch 1 4 16 folder", "--batch 1,4,16 folder"),
-        ("folder --batch 1 4 --full", "folder --batch 1,4 --full"),
+        ("--batch-size 1 4 16 folder", "--batch-size 1,4,16 folder"),
+        ("folder --batch-size 1 4 --full", "folder --batch-size 1,4 --full"),
         ("--providers cpu diffusers folder", "--providers cpu,diffusers folder"),
-        ("--providers cpu,winograd diffusers --batch 4", "--providers cpu,winograd,diffusers --batch 4"),
-        ("--dtype float32 bfloat16 --batch 2 8 3", "--dtype float32,bfloat16 --batch 2,8,3"),
-        ("--batch=1 4 16", "--batch=1,4,16"),
-        ("--batch --full 4", "--batch --full 4"),
+        ("--providers cpu,winograd diffusers --batch-size 4", "--providers cpu,winograd,diffusers --batch-size 4"),
+        ("--dtype float32 bfloat16 --batch-size 2 8 3", "--dtype float32,bfloat16 --batch-size 2,8,3"),
+        ("--batch-size=1 4 16", "--batch-size=1,4,16"),
+        ("--batch-size --full 4", "--batch-size --full 4"),
         ("--steps 5 6", "--steps 5 6"),
         ("--providers nonsense cpu folder", "--providers nonsense,cpu folder"),
     ],
 )
 def test_several_values_after_an_option(words: str, wanted: str) -> None:
-    assert cli_bench.joined(words.split(), cli_bench.TAKE_SEVERAL) == wanted.split()
+    assert joined(words.split(), cli_bench.SEVERAL) == wanted.split()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> int:
@@ -293,7 +294,17 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> int
 def test_the_command_writes_a_table_and_json(monkeypatch, tmp_path: Path, capsys) -> None:
     df.save(tmp_path / "model", unet(TINY), SCHEDULE)
     out = tmp_path / "found.json"
-    words = ["bench", str(tmp_path / "model"), "--batch", "1", "2", "--providers", "reference", "guided", "--dtype"]
+    words = [
+        "bench",
+        str(tmp_path / "model"),
+        "--batch-size",
+        "1",
+        "2",
+        "--providers",
+        "reference",
+        "guided",
+        "--dtype",
+    ]
     words += ["float32", "--steps", "2", "--no-startup", "--budget", "0", "--out", str(out)]
     assert command(monkeypatch, tmp_path, *words) == 0
     shown = capsys.readouterr().out
@@ -310,7 +321,7 @@ def test_a_wrong_set_of_ours_ends_with_exit_code_1(monkeypatch, tmp_path: Path, 
     wrong = fake("wrong_attention", "cpu", is_ours=True)
     monkeypatch.setattr(providers, "providers", lambda: {"cpu": wrong})
     df.save(tmp_path / "model", unet(TINY), SCHEDULE)
-    words = [str(tmp_path / "model"), "--batch", "1", "--providers", "cpu", "--dtype", "float32", "--no-startup"]
+    words = [str(tmp_path / "model"), "--batch-size", "1", "--providers", "cpu", "--dtype", "float32", "--no-startup"]
     assert command(monkeypatch, tmp_path, "bench", *words, "--steps", "2") == 1
     shown = capsys.readouterr().out
     assert "cpu float32: WRONG, so no speed" in shown and "images/s" not in shown
@@ -319,8 +330,8 @@ def test_a_wrong_set_of_ours_ends_with_exit_code_1(monkeypatch, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch", "0"], "--batch must be whole numbers of at least 1; got '0'"),
-        (["--batch", "four"], "--batch must be whole numbers of at least 1; got 'four'"),
+        (["--batch-size", "0"], "--batch-size must be whole numbers of at least 1; got '0'"),
+        (["--batch-size", "four"], "--batch-size must be whole numbers of at least 1; got 'four'"),
         (["--providers", "jax"], "no provider is called 'jax'"),
         (["--dtype", "float8"], "--dtype must be of float32, bfloat16, float16; got 'float8'"),
         (["--clock", "sun"], "--clock must be wall, or on a CPU cpu; got 'sun'"),

@@ -150,7 +150,7 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
         "import sys, bench_fakes; from ddpm_fast import cli; from ddpm_fast.benchmarking import providers\n"
         "slow = bench_fakes.fake('sleeps', 'cpu', ms=60_000.0)\n"
         "providers.providers = lambda: {'cpu': slow}\n"
-        f"sys.argv = ['ddpm-fast', 'bench', {str(tmp_path / 'model')!r}, '--batch', '1', '--providers', 'cpu',\n"
+        f"sys.argv = ['ddpm-fast', 'bench', {str(tmp_path / 'model')!r}, '--batch-size', '1', '--providers', 'cpu',\n"
         "            '--dtype', 'float32', '--steps', '1', '--no-startup']\n"
         "from ddpm_fast import roofline; roofline.roofs = lambda *args: roofline.Roofs('', '', 1, '', 1, 1, 1)\n"
         "cli.main()\n"

@@ -190,7 +190,7 @@ def test_the_recorded_version(tmp_path: Path) -> None:
         assert load(stored(tmp_path, trainer_file(Net(), diffusion, version=text))).model.config.num_mem_kv == 4
     path = stored(tmp_path, trainer_file(NETS["1.7.4"], diffusion, version="2.0.0"))
     with pytest.raises(
-        CheckpointError, match=r"the version 2\.0\.0 that the file records does not fit .*--preset VERSION"
+        CheckpointError, match=r"the version 2\.0\.0 that the file records does not fit .*--weights-preset VERSION"
     ):
         load(path)
     checkpoint = load(path, preset="1.7.4")
@@ -437,7 +437,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("convert", path, "out"), "is a lucidrains network, which diffusers has not"),
         (("convert", path, "out.pt", "--to", "openai"), "is a lucidrains network, which openai has not"),
         (("bench", path, *size, "--device", "cpu", "--dtype", "float32"), "is a lucidrains network, which is none"),
-        (("inspect", path, "--preset", "latest"), "the version of denoising-diffusion-pytorch that trained it"),
+        (("inspect", path, "--weights-preset", "latest"), "the version of denoising-diffusion-pytorch that trained it"),
     ):
         code, text = run(*words)
         assert code == 2 and message in text and text.count("\n") == 1
@@ -451,7 +451,18 @@ def test_profile_prices_the_network_as_one_call(
     path = stored(tmp_path, trainer_file(net, Diffusion(betas("sigmoid", 5), "pred_v"), gain=0.4))
     made_up = Roofs("made up", "float32", 1, torch.__version__, 4e6, 2e6, 8e6)
     monkeypatch.setattr("ddpm_fast.roofline.roofs", lambda device, dtype, refresh: made_up)
-    words = ["--set", "image_size=8", "--batch", batch, "--steps", 2, "--device", "cpu", "--json", tmp_path / "p.json"]
+    words = [
+        "--set",
+        "image_size=8",
+        "--batch-size",
+        batch,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "p.json",
+    ]
     monkeypatch.setattr(sys, "argv", ["ddpm-fast", "profile", *map(str, (path, *words))])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -490,13 +501,18 @@ def prefixed(prefix: str, **more: Tensor) -> Change:
 
 
 REFUSED: dict[str, tuple[Net, Change, dict[str, Any], str]] = {
-    "no_version": (OLD, dict, {"overrides": STATED}, "differ in their arithmetic without a trace .* --preset 1.7.1"),
-    "strided": (NETS["0.28.0"], dict, {"overrides": STATED}, "0.22.0 to before 0.32.0; .* --preset 0.28.0"),
+    "no_version": (
+        OLD,
+        dict,
+        {"overrides": STATED},
+        "differ in their arithmetic without a trace .* --weights-preset 1.7.1",
+    ),
+    "strided": (NETS["0.28.0"], dict, {"overrides": STATED}, "0.22.0 to before 0.32.0; .* --weights-preset 0.28.0"),
     "no_diffusion": (
         Net(),
         dict,
         {},
-        "no buffers of a GaussianDiffusion: give objective .* timesteps .*--preset 2.0.0",
+        "no buffers of a GaussianDiffusion: give objective .* timesteps .*--weights-preset 2.0.0",
     ),
     "not_enough": (Net(), dict, {"overrides": {"objective": "pred_v"}}, "give objective"),
     "too_new": (OLD, dict, {"preset": "2.0.0"}, "'2.0.0' does not fit .* as in 0.32.0 to before 1.8.0"),

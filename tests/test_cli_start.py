@@ -26,7 +26,7 @@ QUICK = [
     ("nonsense",),
     *((command, "--help") for command in COMMANDS),
     *((command, "--nonsense") for command in COMMANDS),
-    ("bench", "--batch", "1", "4", "--providers", "cpu", "diffusers", "--nonsense"),
+    ("bench", "--batch-size", "1", "4", "--providers", "cpu", "diffusers", "--nonsense"),
     ("sample", "-n", "two"),
 ]
 

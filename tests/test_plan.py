@@ -292,7 +292,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: object) -> tuple[i
 
 
 def test_the_command_prints_what_the_plan_says(monkeypatch: Any, capsys: Any, ours: planning.Plan):
-    code, out, err = run(monkeypatch, capsys, "--preset-model", "cifar10", "--batch", BATCH)
+    code, out, err = run(monkeypatch, capsys, "--preset-model", "cifar10", "--batch-size", BATCH)
     assert (code, err) == (0, "")
     f, e = ours.fused, ours.eager
     assert (
@@ -327,7 +327,7 @@ def test_a_config_needs_no_weights(monkeypatch: Any, capsys: Any, tmp_path: Path
         model = diffusers.UNet2DModel(**{**TINY, "sample_size": 8})
     (tmp_path / "unet" / "config.json").write_text(model.to_json_string())
     code, out, _ = run(
-        monkeypatch, capsys, tmp_path / "unet" / "config.json", "--json", "--batch", 2, "--dtype", "float32"
+        monkeypatch, capsys, tmp_path / "unet" / "config.json", "--json", "--batch-size", 2, "--dtype", "float32"
     )
     facts = json.loads(out)
     expected = plan(df.UNetConfig(**TINY), df.Schedule(num_train_timesteps=300), 2, dtype=torch.float32)
@@ -350,7 +350,7 @@ def test_a_checkpoint_and_its_settings(monkeypatch: Any, capsys: Any, tmp_path: 
     [
         (("--preset-model", "cifar11"), "no preset is called 'cifar11'; there are: cifar10, lsun256, tiny"),
         (("--preset-model", "tiny", "--gpu", "v100"), "no GPU is called 'v100'"),
-        (("--preset-model", "tiny", "--batch", "0"), "batch must be at least 1; got 0"),
+        (("--preset-model", "tiny", "--batch-size", "0"), "batch must be at least 1; got 0"),
         (("--preset-model", "tiny", "--steps", "2000"), "2000"),
         (("--preset-model", "tiny", "--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16; got int8"),
         (("--preset-model", "tiny", "--set", "size=3"), "neither UNetConfig nor Schedule has size"),

@@ -380,7 +380,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_short_chain_is_timed_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    code, out, _ = run(monkeypatch, capsys, saved, "--batch", 1, "--device", "cpu", "--ops", "reference")
+    code, out, _ = run(monkeypatch, capsys, saved, "--batch-size", 1, "--device", "cpu", "--ops", "reference")
     assert code == 0 and "12 of 12 steps timed" in out
 
 
@@ -390,7 +390,7 @@ def test_a_network_without_weights_is_timed_with_random_ones(
 ):
     """As bench takes it: a preset's name, or a configuration, here a pipeline's, beside which its chain lies."""
     given = saved / "unet" / source if source.endswith(".json") else source
-    words = (given, "--set", "sample_size=8", "--batch", 1, "--steps", 2, "--device", "cpu", "--ops", "reference")
+    words = (given, "--set", "sample_size=8", "--batch-size", 1, "--steps", 2, "--device", "cpu", "--ops", "reference")
     code, out, _ = run(monkeypatch, capsys, *words)
     chain = 12 if source.endswith(".json") else 1000
     assert code == 0
@@ -406,14 +406,14 @@ def test_roofs_are_measured_anew_when_asked(saved: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("ddpm_fast.roofline.roofs", find)
     for words in ((), ("--refresh",)):
-        assert run(monkeypatch, capsys, saved, "--batch", 1, "--steps", 1, "--device", "cpu", *words)[0] == 0
+        assert run(monkeypatch, capsys, saved, "--batch-size", 1, "--steps", 1, "--device", "cpu", *words)[0] == 0
     assert asked == [False, True]
 
 
 def test_the_command(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     files = [saved.parent / "out" / name for name in ("p.html", "p.json", "p.trace")]
-    words = ["--batch", 1, "--steps", 2, "--device", "cpu", "--ops", "reference"]
-    words += [x for pair in zip(("--html", "--json", "--trace"), files) for x in pair]
+    words = ["--batch-size", 1, "--steps", 2, "--device", "cpu", "--ops", "reference"]
+    words += [x for pair in zip(("--html", "--out", "--trace"), files) for x in pair]
     code, out, err = run(monkeypatch, capsys, saved, *words)
     assert (code, err) == (0, "") and f"{saved}, batch 1, float32, reference operations, 2 of 12 steps timed" in out
     assert "conv_in" not in out and "sampler_step" in out
@@ -426,7 +426,7 @@ def test_the_command(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     [
         (("--steps", "13"), "steps must be in 1..12"),
         (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16; got int8"),
-        (("--batch", "0"), "batch_size must be a positive integer"),
+        (("--batch-size", "0"), "batch_size must be a positive integer"),
         (("--ops", "magic"), "ops must be"),
         (("--seconds", "0"), "--seconds must be above 0"),
         (("--html", "."), "is a folder; give a file"),

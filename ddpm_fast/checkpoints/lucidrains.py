@@ -109,7 +109,7 @@ class _Settings:
             raise CheckpointError(
                 f"{self.found.weights} is a lucidrains checkpoint of a version from {first} to before {end}; these "
                 f"differ in their arithmetic without a trace in the file (alike are {spans}): name the version that "
-                f"trained it, like --preset {'1.7.1' if end == FLAT else '0.28.0'}"
+                f"trained it, like --weights-preset {'1.7.1' if end == FLAT else '0.28.0'}"
             )
         chosen = version(text)
         how = f"preset {named!r}" if named is not None else f"the version {saved} that the file records"
@@ -120,7 +120,7 @@ class _Settings:
             span = f"{first} or later" if end == LAST else f"{first} to before {end}"
             raise CheckpointError(
                 f"{how} does not fit {self.found.weights}, whose network is as in {span}"
-                + ("" if named is not None else "; name the right one as a preset (--preset VERSION)")
+                + ("" if named is not None else "; name the right one as a preset (--weights-preset VERSION)")
             )
         if named is not None and saved is not None and saved != str(chosen):
             self.notes.append(f"the file records version {saved}; the preset's is used")
@@ -276,7 +276,7 @@ class _Settings:
         raise CheckpointError(
             f"{self.found.weights} is a lucidrains checkpoint, and {what}: give {' and '.join(wanted)} "
             f"as overrides (--set NAME=VALUE), or for the defaults of a version of {PACKAGE} name it "
-            "(--preset 2.0.0)"
+            "(--weights-preset 2.0.0)"
         )
 
     def _objective(self, config: LucidrainsConfig) -> str:

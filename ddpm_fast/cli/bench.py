@@ -4,94 +4,67 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from ..benchmarking.names import PROVIDERS
-from .options import DTYPES, Device, Preset, Settings, assignments, chosen_device
-from .sources import Network, measured
+from .options import DTYPES, Device, Json, Network, Settings, Threads, WeightsPreset, assignments, chosen_device
+from .sources import measured
+from .words import Fits
 
 if TYPE_CHECKING:
     import torch
 
-Words = list[str]
-
-
-TAKE_SEVERAL: dict[str, Callable[[str], bool]] = {  # whose values may follow each other, and what a value looks like
-    "--batch": str.isdigit,
+SEVERAL: dict[str, Fits] = {  # options whose values may follow each other, and what a value looks like
+    "--batch-size": str.isdigit,
     "--dtype": lambda word: all(part in DTYPES for part in word.split(",")),
     "--providers": lambda word: all(part in PROVIDERS for part in word.split(",")),
 }
-
-
-def joined(words: Words, several: dict[str, Callable[[str], bool]]) -> Words:
-    """["--batch", "1", "4", "x"] -> ["--batch", "1,4", "x"]: values after an option, up to a word that is none."""
-    result: Words = []
-    fits: Callable[[str], bool] | None = None  # of the option whose values are being read
-    first = False
-    for word in words:
-        if first:  # an option's own value, whatever it looks like
-            result.append(word)
-            first = False
-            fits = None if word.startswith("-") else fits
-        elif fits is not None and fits(word):
-            result[-1] += "," + word
-        else:
-            name, equals, _ = word.partition("=")
-            fits = several.get(name)
-            first = fits is not None and not equals
-            result.append(word)
-    return result
-
-
-class SeveralValues(TyperCommand):
-    """A command whose options in `TAKE_SEVERAL` take one value or more."""
-
-    def parse_args(self, ctx: Any, args: Words) -> Words:
-        return super().parse_args(ctx, joined(args, TAKE_SEVERAL))
+Dtypes = Annotated[
+    str | None,
+    typer.Option(metavar="NAME...", help="Precisions. Default: float32 and bfloat16; on a GPU also float16."),
+]
 
 
 def bench(
     source: Network = None,
-    batch: Annotated[str, typer.Option(metavar="N...", help="Images drawn together.")] = "1,4,16",
+    batch_size: Annotated[str, typer.Option(metavar="N...", help="Batch sizes, in images.")] = "1,4,16",
     providers: Annotated[
         str | None,
         typer.Option(
             metavar="NAME...",
-            help="Who draws: cpu, winograd, reference, triton (or triton-none, -step, -chunk, -loop), diffusers, "
-            "diffusers-channels-last, diffusers-compile, openvino, onnxruntime, guided. Default: by the device.",
+            help="What is compared: cpu, winograd, reference, triton (or triton-none, -step, -chunk, -loop), "
+            "diffusers, diffusers-channels-last, diffusers-compile, openvino, onnxruntime, guided. Default: those "
+            "that suit the device.",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="NAME...", help="Default: float32 and bfloat16; on a GPU float16 too.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Of the chain, for each timing.")] = 20,
-    full: Annotated[bool, typer.Option("--full", help="All steps of the model's chain.")] = False,
+    dtype: Dtypes = None,
+    steps: Annotated[int, typer.Option(help="Number of steps in the chain that is timed.")] = 20,
+    full: Annotated[bool, typer.Option("--full", help="Time all steps of the model's chain.")] = False,
     baseline: Annotated[
-        str, typer.Option(metavar="'NAME DTYPE'", help="What the ratios are to.")
+        str, typer.Option(metavar="'NAME DTYPE'", help="Whose speed counts as 1.")
     ] = "diffusers float32",
-    rounds: Annotated[int, typer.Option(help="Timings of each, at least.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Time each provider at least this often.")] = 3,
     budget: Annotated[float, typer.Option(help="Seconds for the rounds of one batch size.")] = 120.0,
     clock: Annotated[
-        str, typer.Option(help="wall, or cpu: of a provider's process, for ratios on a machine that others use.")
+        str,
+        typer.Option(help="wall, or cpu: CPU time of a provider's process, for a machine that does other work too."),
     ] = "wall",
     startup: Annotated[
-        bool, typer.Option("--startup/--no-startup", help="First step and memory, in processes of their own.")
+        bool, typer.Option("--startup/--no-startup", help="Also measure the first step and memory, in new processes.")
     ] = True,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: as torch has it.")] = None,
+    threads: Threads = None,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option(help="A .json file for all that was found.")] = None,
-    preset: Preset = None,
+    out: Annotated[Path | None, typer.Option(help="Save all results in this .json file.")] = None,
+    weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
-    """Time whole trajectories of several providers in turns.
+    """Time whole trajectories, side by side with other software.
 
-    Right first, then fast: exit code 1 if ours is wrong. On a CPU each provider has a process of its own, and all
-    but one wait."""
+    Results are compared with float64 first: a wrong provider gets no speed, and the exit code is 1 if it is ours.
+    Providers take turns; on a CPU each has its own process, and only one of them runs at a time."""
     from .. import roofline
     from ..benchmarking import providers as known
     from ..benchmarking import run as benchmark
@@ -99,7 +72,7 @@ def bench(
     from ..whole_files import whole_file
 
     where = chosen_device(device)
-    batches = [_whole(part, "--batch") for part in batch.split(",")]
+    batches = [_whole(part, "--batch-size") for part in batch_size.split(",")]
     dtypes = (dtype or ",".join(_dtypes(where))).split(",")
     unknown = [d for d in dtypes if d not in DTYPES]
     if unknown:
@@ -114,7 +87,7 @@ def bench(
     if out is not None and out.suffix.lower() != ".json":
         raise ValueError(f"--out must be a .json file; got {out}")
     _use(threads)
-    checkpoint = measured(source, preset, assignments(settings))
+    checkpoint = measured(source, weights_preset, assignments(settings))
     benchmark.fitting(checkpoint)  # before the roofs, which take seconds
     roofs = [roofline.roofs(where, known.DTYPES[d]) for d in dtypes if known.DTYPES[d] in _multiplied(where)]
     print(roofline.roofs_text(roofs) + "\n")
@@ -145,15 +118,17 @@ def bench(
 
 
 def roofs(
-    dtype: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Default: float32 and bfloat16; on a GPU float16 too.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: as torch has it.")] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again; the higher counts.")] = False,
+    dtype: Dtypes = None,
+    threads: Threads = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again; the higher of the old and new rates is kept.")
+    ] = False,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure this device's peaks: copy, matrix product, convolution."""
+    """Measure this device's peak rates.
+
+    Copies, matrix products and convolutions are timed. plan and profile compare with such rates."""
     from .. import roofline
     from ..benchmarking import providers as known
 

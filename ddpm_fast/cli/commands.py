@@ -20,7 +20,8 @@ import typer
 from .. import stages
 from .._version import __version__
 from . import bench, convert, engine, evaluate, export, profile, sample
-from .options import Device, Preset, Settings, Source, assignments, chosen_device
+from .options import Device, Json, Settings, Source, WeightsPreset, assignments, chosen_device
+from .words import command_class
 
 # Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
 _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -102,9 +103,9 @@ def train(
 
 def inspect(
     source: Source = None,
-    batch_size: Annotated[int, typer.Option(help="For the memory estimate.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-    preset: Preset = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch, for the memory estimate.")] = 1,
+    as_json: Json = False,
+    weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
     """Print a checkpoint's architecture, schedule, cost and memory."""
@@ -113,33 +114,37 @@ def inspect(
 
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
-    facts = describe(load(source, preset, assignments(settings)), batch_size)
+    facts = describe(load(source, weights_preset, assignments(settings)), batch_size)
     print(json.dumps(facts, indent=2) if as_json else describe_text(facts))
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """Print versions, devices, what is accelerated here and why not."""
+def doctor(as_json: Json = False) -> None:
+    """Print versions, devices, and what is accelerated here."""
     from ..inspection import diagnose, diagnose_text
 
     facts = diagnose()
     print(json.dumps(facts, indent=2) if as_json else diagnose_text(facts))
 
 
-for command in (
-    sample.sample,
-    train,
-    inspect,
-    doctor,
-    engine.verify,
-    engine.plan,
-    export.export,
-    evaluate.evaluate,
-    bench.roofs,
-    profile.profile,
+# Former names of options, which stay understood.
+_PRESET = {"--preset": "--weights-preset"}
+_BATCH = {"--batch": "--batch-size"}
+
+for command, kind in (
+    (sample.sample, command_class(_PRESET)),
+    (train, command_class()),
+    (inspect, command_class(_PRESET)),
+    (doctor, command_class()),
+    (engine.verify, command_class(_PRESET)),
+    (engine.plan, command_class(_BATCH | _PRESET)),
+    (export.export, command_class()),
+    (evaluate.evaluate, command_class({"--weights": "--inception-weights"})),
+    (bench.roofs, command_class(several=bench.SEVERAL)),
+    (profile.profile, profile.ProfileCommand),
+    (bench.bench, command_class(_BATCH | _PRESET, bench.SEVERAL)),
+    (convert.convert, command_class(_PRESET)),
 ):
-    app.command()(_with_torch(command))
-app.command(cls=bench.SeveralValues)(_with_torch(bench.bench))
-app.command(short_help="Write a checkpoint of any family as diffusers or OpenAI do.")(_with_torch(convert.convert))
+    app.command(cls=kind)(_with_torch(command))
 
 
 def main() -> None:

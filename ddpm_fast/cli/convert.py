@@ -7,24 +7,34 @@ from typing import Annotated
 
 import typer
 
-from .options import Preset, Settings, assignments, chosen_dtype
+from .options import Settings, WeightsPreset, assignments, chosen_dtype
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A folder, a weights file or a Hugging Face id.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; with --to openai, the .pt file.")],
-    to: Annotated[str, typer.Option(help="diffusers, or openai for models that came from there.")] = "diffusers",
-    dtype: Annotated[str | None, typer.Option(help="Of the stored weights: float32, float16 or bfloat16.")] = None,
-    preset: Preset = None,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A checkpoint: a folder, a weights file or a Hugging Face id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; with --to openai, the .pt file.")],
+    to: Annotated[
+        str, typer.Option(help="diffusers; or openai, for models that came from OpenAI's code.")
+    ] = "diffusers",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Precision of the stored weights: float32, float16 or bfloat16. Default: float32."),
+    ] = None,
+    weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
-    """Write a checkpoint of any family in the diffusers layout (safetensors), or back in OpenAI's."""
+    """Write a checkpoint as diffusers or OpenAI do.
+
+    Checkpoints of every family can be written in the diffusers layout (safetensors), and OpenAI's models in their own.
+    """
     from .. import checkpoints
 
     if to not in checkpoints.TARGETS:
         raise ValueError(f"--to must be {' or '.join(checkpoints.TARGETS)}; got {to}")
     stored = None if dtype is None else chosen_dtype(dtype)
-    checkpoint = checkpoints.load(source, preset, assignments(settings))
+    checkpoint = checkpoints.load(source, weights_preset, assignments(settings))
     for note in checkpoints.convert(checkpoint, out, to, stored):
         print(f"- {note}")
     print(f"{source} ({checkpoint.family}) as {to} in {out}")

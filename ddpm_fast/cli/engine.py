@@ -8,40 +8,55 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Preset, Settings, Source, assignments, chosen_device, chosen_dtype
+from .options import (
+    Device,
+    Dtype,
+    Json,
+    Label,
+    Network,
+    Ops,
+    Settings,
+    Source,
+    WeightsPreset,
+    assignments,
+    chosen_device,
+    chosen_dtype,
+    class_number,
+)
 from .sources import described
-
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
 def verify(
     source: Source = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
-    ops: Annotated[str, typer.Option(help="auto, reference, cpu, winograd or triton: what is tested.")] = "auto",
+    dtype: Dtype = "float32",
+    ops: Ops = "auto",
     device: Device = None,
-    n: Annotated[int, typer.Option("-n", help="Images drawn together.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of their noise.")] = 0,
-    label: Annotated[int | None, typer.Option(help="Class of a class-conditional model.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the chain that is run.")] = 20,
-    probes: Annotated[int, typer.Option(help="Steps of it that are looked at one by one.")] = 8,
-    full: Annotated[bool, typer.Option("--full", help="All steps of the model's chain, each looked at.")] = False,
+    n: Annotated[int, typer.Option("-n", help="Number of images, drawn in one batch.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of their noise.")] = 0,
+    label: Label = None,
+    steps: Annotated[int, typer.Option(help="Number of steps in the chain.")] = 20,
+    probes: Annotated[int, typer.Option(help="How many of the steps are compared one by one.")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="Run all steps of the model's chain and compare each.")] = False,
     as_json: Json = False,
-    preset: Preset = None,
+    weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
-    """Hold the operations and dtype to a float64 reference. Exit code 1 where an error is too large."""
+    """Compare the operations and dtype with float64. Exit code 1 if an error is too large."""
     from ..checkpoints import load
     from ..verification import report_text, verify
 
     where = chosen_device(device)
+    if label == "all":
+        raise ValueError("--label must be one class here, by number or name; got 'all'")
+    checkpoint = load(source, weights_preset, assignments(settings))
     report = verify(
-        load(source, preset, assignments(settings)),
+        checkpoint,
         dtype=chosen_dtype(dtype),
         ops=ops,
         device=where,
         n=n,
         seed=seed,
-        label=label,
+        label=class_number(label, checkpoint),  # type: ignore[arg-type]
         steps=None if full else steps,
         probes=None if full else probes,
     )
@@ -51,33 +66,27 @@ def verify(
 
 
 def plan(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            help="A folder, a weights file, a Hugging Face id, a config.json, or one of cifar10, lsun256, tiny. "
-            "Default: the bundled model."
-        ),
-    ] = None,
-    preset_model: Annotated[str | None, typer.Option(help="As SOURCE: cifar10, lsun256 or tiny.")] = None,
-    batch: Annotated[int, typer.Option(help="Images drawn together.")] = 256,
+    source: Network = None,
+    batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 256,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l4, rtx4090 or rtx5090.")] = "h100",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: of the network.")] = "bfloat16",
-    steps: Annotated[int | None, typer.Option(help="Respaced chain of this many steps. Default: all.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every launch in order, not grouped.")] = False,
+    dtype: Dtype = "bfloat16",
+    steps: Annotated[int | None, typer.Option(help="Number of steps in the chain. Default: all.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="List every launch in order; do not group equal ones.")] = False,
     as_json: Json = False,
-    preset: Preset = None,
+    preset_model: Annotated[str | None, typer.Option(hidden=True)] = None,  # formerly the way to name a preset
+    weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
-    """Predict a step's time and memory on a GPU; nothing runs.
+    """Predict a step's time and memory on a GPU, without running it.
 
-    From shapes: each launch's FLOPs, bytes and time at that GPU's roofs."""
+    The prediction follows from shapes: FLOPs and bytes of each launch, and its time at that GPU's peak rates."""
     from ..planning import plan, plan_facts, plan_text
     from ..presets import PRESETS
 
     if preset_model is None and source in PRESETS and not Path(str(source)).exists():
         source, preset_model = None, source
-    title, config, schedule = described(source, preset_model, preset, assignments(settings))
-    planned = plan(config, schedule, batch, gpu, chosen_dtype(dtype), steps)
+    title, config, schedule = described(source, preset_model, weights_preset, assignments(settings))
+    planned = plan(config, schedule, batch_size, gpu, chosen_dtype(dtype), steps)
     if as_json:
         print(json.dumps(plan_facts(planned, title, every), indent=2))
     else:

@@ -8,43 +8,52 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, chosen_device
+from .options import Device, Json, chosen_device
 
 Pair = Annotated[
     tuple[Path, Path] | None,
-    typer.Option(metavar="A B", help="Instead: can these two sets of samples of one model be told apart?"),
+    typer.Option(metavar="A B", help="Instead: test whether two sets of samples of one model can be told apart."),
 ]
 
 
 def evaluate(
     samples: Annotated[
         str | None,
-        typer.Argument(help="A sample store, an .npz, .npy, .tar or a folder of pictures; with --draw a checkpoint."),
+        typer.Argument(
+            metavar="SAMPLES",
+            help="A folder of shards or pictures, an .npz, .npy or .tar; with --draw a checkpoint.",
+        ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="The reference: images in any of these forms, or an .npz of statistics (mu, sigma)."),
+        typer.Option(
+            metavar="DATA", help="The reference: images in any of these forms, or an .npz of statistics (mu, sigma)."
+        ),
     ] = None,
     pair: Pair = None,
     features: Annotated[
-        str, typer.Option(help="efficientnet-lite0 (FD-EffLite0, offline) or inception (FID).")
+        str, typer.Option(help="efficientnet-lite0 (FD-EffLite0, works offline) or inception (FID).")
     ] = "efficientnet-lite0",
-    weights: Annotated[Path | None, typer.Option(help="Of inception, where they cannot be downloaded.")] = None,
-    draw: Annotated[int | None, typer.Option(help="SAMPLES is a checkpoint: draw this many from it.")] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="File with Inception's weights, where they cannot be downloaded.")
+    ] = None,
+    draw: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw N images from the checkpoint SAMPLES and evaluate those.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Scale and crop DATA to this many pixels first.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
-    most_pairs: Annotated[int, typer.Option(help="Of --pair: images of each set that are compared.")] = 5000,
-    seed: Annotated[int, typer.Option(help="Of the resampling, and of --draw.")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="Folder for the statistics of references.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also keep the reference's statistics in this .npz.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Also append the result to this file, a JSON object a line.")] = None,
-    note: Annotated[str | None, typer.Option(help="Goes into the result, such as the training step.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images processed together.")] = 64,
+    most_pairs: Annotated[int, typer.Option(help="With --pair: compare at most this many images of each set.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling, and of the images of --draw.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the statistics of references.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Save the reference's statistics in this .npz, too.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Append the result to this file, too, as one line of JSON.")] = None,
+    note: Annotated[str | None, typer.Option(help="Text to put into the result, such as the training step.")] = None,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure how far samples are from images: Frechet distance, KID.
+    """Measure how far samples are from a set of images.
 
-    Or with --pair whether two sets of samples of one model differ."""
+    The measures are the Frechet distance and KID. With --pair: test whether two sets of samples of one model differ."""
     from ..arguments import check_seed
     from ..evaluation.features import extractor
     from ..whole_files import make_folder
@@ -60,7 +69,7 @@ def evaluate(
         if log.is_dir():
             raise ValueError(f"--log {log} is a folder; give a file")
         make_folder(log.parent)
-    chosen = extractor(features, chosen_device(device), weights)
+    chosen = extractor(features, chosen_device(device), inception_weights)
     progress = not as_json
     if pair is not None:
         from ..evaluation.image_stream import open_stream

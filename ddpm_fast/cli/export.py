@@ -9,12 +9,17 @@ import typer
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A set of shards that ddpm-fast sample drew.")],
-    out: Annotated[Path, typer.Argument(help=".npz: arr_0 (and arr_1, labels); .tar: webdataset; else PNGs there.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of shards, drawn by ddpm-fast sample.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="An .npz (arr_0, and labels as arr_1), a .tar (webdataset), or a folder for PNGs."
+        ),
+    ],
 ) -> None:
-    """Write a set of shards as one .npz, a .tar or a folder of PNGs.
+    """Write a folder of shards as .npz, .tar or PNGs.
 
-    Its checksums are compared; the .tar is a webdataset's."""
+    The shards' checksums are verified on the way."""
     from ..store import SampleStore
     from ..store.export import export
 

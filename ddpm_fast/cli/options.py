@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,18 +11,45 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoints import Checkpoint
+
 Source = Annotated[
     str | None,
-    typer.Argument(help="A folder, a weights file or a Hugging Face id. Default: the bundled model."),
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint: a folder, a weights file or a Hugging Face id. Default: the bundled model.",
+    ),
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings for weights that come without a config.")]
+Network = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint, as for sample; or, with random weights, a config.json or one of cifar10, lsun256 and tiny. "
+        "Default: the bundled model.",
+    ),
+]
+WeightsPreset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="A known set of settings, for weights that come without a config. A wrong name lists them."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting by its name. Repeat for more."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Override one setting by its name. Repeat for more."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Dtype = Annotated[str, typer.Option(help="Precision of the network: float32, bfloat16 or float16.")]
+Ops = Annotated[str, typer.Option(help="Implementation of the operations: auto, reference, cpu, winograd or triton.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own choice.")]
+Label = Annotated[
+    str | None, typer.Option(metavar="K|NAME", help="Class of the images, by number or name, for a model with classes.")
 ]
 DTYPES = ("float32", "bfloat16", "float16")
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU where there is one, else the CPU.")
+]
 
 
 def assignments(settings: list[str] | None) -> dict[str, Any]:
@@ -65,3 +93,16 @@ def chosen_dtype(name: str) -> torch.dtype:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {name}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def class_number(label: str | int | None, checkpoint: Checkpoint) -> int | str | None:
+    """The number of the class called ``label``: a name, or a number as text. "all", numbers and None stay."""
+    names = checkpoint.labels or []
+    if label is None or label == "all" or isinstance(label, int):
+        return label
+    if re.fullmatch(r"[+-]?\d+", label):
+        return int(label)
+    if label in names:
+        return names.index(label)
+    known = f"one of {', '.join(names)}" if names else "all"
+    raise ValueError(f"--label must be a whole number or {known}; got {label!r}")

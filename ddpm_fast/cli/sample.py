@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -11,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, Preset, Settings, Source, assignments, chosen_device, chosen_dtype
+from .options import (
+    Device,
+    Dtype,
+    Ops,
+    Settings,
+    Source,
+    WeightsPreset,
+    assignments,
+    chosen_device,
+    chosen_dtype,
+    class_number,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +44,7 @@ class Drawing:
     n: int
     seed: int
     first_id: int
-    label: int | str | None  # a class, its name, or "all"
+    label: int | str | None  # a class's number or name, as text until `class_number` has read it, or "all"
     truncate: bool
     batch_size: int | str
     options: dict[str, Any]  # of `Sampler`: what was asked for and no more, so that its own defaults hold
@@ -61,57 +71,66 @@ class Drawing:
 
 def sample(
     source: Source = None,
-    n: Annotated[int, typer.Option("-n", help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(help="Image k of a seed is always the same image.")] = 0,
+    n: Annotated[int, typer.Option("-n", help="Number of images.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the noise. Image k of a seed is always the same image.")] = 0,
     steps: Annotated[
         str | None,
-        typer.Option(help='Respaced chain of this many steps, or OpenAI\'s "10,15,20", "ddim50". Default: all.'),
+        typer.Option(help='Number of steps in the chain, or OpenAI\'s "10,15,20" or "ddim50". Default: all.'),
     ] = None,
     method: Annotated[str | None, typer.Option(help="ddpm or ddim. Default: the checkpoint's own.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Of ddim: 0 deterministic ... 1.")] = None,
-    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Images drawn together.")] = "64",
+    eta: Annotated[float | None, typer.Option(help="Noise of DDIM, from 0 (none) to 1 (as much as DDPM).")] = None,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Images computed together; auto: as many as fit and run fast.")
+    ] = "64",
     label: Annotated[
         str | None,
         typer.Option(
             metavar="K|NAME|all",
-            help="Class of a class-conditional model, by number or name; all: image k has class k mod classes.",
+            help="Class of the images, by number or name, for a model with classes; all: every class in turn.",
         ),
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
-    first_id: Annotated[int, typer.Option(help="Start at image FIRST_ID of the seed.")] = 0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance. Default: no guidance.")
+    ] = None,
+    first_id: Annotated[int, typer.Option(help="Number of the first image of the seed.")] = 0,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the network.")] = "float32",
-    ops: Annotated[str, typer.Option(help="auto, reference, cpu, winograd or triton: who computes.")] = "auto",
-    graph: Annotated[str, typer.Option(help="auto, none, step, chunk or loop: CUDA graphs.")] = "auto",
+    dtype: Dtype = "float32",
+    ops: Ops = "auto",
+    graph: Annotated[
+        str, typer.Option(help="Work that a CUDA graph holds: none, step, chunk or loop; auto chooses.")
+    ] = "auto",
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Levels as OpenAI's and Ho et al.'s scripts store them, not rounded.")
+        bool, typer.Option("--truncate", help="Round pixels down, as OpenAI's and Ho et al.'s scripts do.")
     ] = False,
     out: Annotated[
-        Path, typer.Option(help=".png: a grid; .npz: arr_0 uint8 NHWC; else a folder, of PNGs or of shards.")
+        Path,
+        typer.Option(help="A .png (one grid), an .npz (arr_0: uint8 NHWC), or a folder of PNGs or shards."),
     ] = Path("samples.png"),
     store: Annotated[
         bool | None,
         typer.Option(
             "--store/--pngs",
-            help="A folder of shards (.npy), which can be stopped, continued and shared by workers; or of PNGs. "
-            f"Default: shards for more than {MOST_PICTURES} images, with --shard-size, under torchrun, and where "
-            "a set was begun.",
+            help="Write a folder as shards (.npy), which workers can share and continue, or as PNGs. "
+            f"Default: shards for more than {MOST_PICTURES} images, with --shard-size, under torchrun, and to "
+            "continue a set of shards.",
         ),
     ] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Images a shard. Default: whole batches.")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default: whole batches.")] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Of a set that was begun: compare all checksums, draw damaged shards again."),
+        typer.Option("--verify", help="To continue a set: compare all its checksums and redraw damaged shards."),
     ] = False,
-    film: Annotated[Path | None, typer.Option(help="Also the denoising: .png strip or .gif.")] = None,
-    preset: Preset = None,
+    film: Annotated[
+        Path | None, typer.Option(help="Save the denoising too: a .png (one row an image) or a .gif.")
+    ] = None,
+    weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
-    """Draw images. With no argument: 16 from the bundled model into samples.png.
+    """Draw images. Without arguments: 16 from the bundled model into samples.png.
 
-    A folder of shards goes on where it was after a kill: give the same command again. Several workers fill one
-    folder: torchrun --nproc-per-node=8 -m ddpm_fast sample ..., or the same command started any number of times, on
-    any machines that share the folder. ddpm-fast export makes an .npz, PNGs or a .tar of it.
+    A folder of shards survives a kill: give the same command again to continue. Several workers can fill one folder:
+    start them with torchrun --nproc-per-node=8 -m ddpm_fast sample ..., or start the same command several times, on
+    any machines that share the folder. ddpm-fast export turns such a folder into an .npz, PNGs or a .tar.
     """
     from ..distributed import of_environment, own_device
     from ..engine.call import check_numbers
@@ -127,12 +146,12 @@ def sample(
     batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
         source,
-        preset,
+        weights_preset,
         assignments(settings),
         n,
         seed,
         first_id,
-        int(label) if label is not None and re.fullmatch(r"[+-]?\d+", label) else label,
+        label,
         truncate,
         batch if batch == "auto" else min(batch, n),
         _given(
@@ -286,17 +305,6 @@ def _report(sampler: Sampler, store: SampleStore, changed: list[str], verify: bo
     if damaged:
         text = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
         print(f"ddpm-fast: damaged shards of {store.folder} are drawn again: {text}", file=sys.stderr)
-
-
-def class_number(label: int | str | None, checkpoint: Checkpoint) -> int | str | None:
-    """The number of a class that is named by ``label``; a number, "all" and None as they are."""
-    names = checkpoint.labels or []
-    if label is None or label == "all" or isinstance(label, int):
-        return label
-    if label in names:
-        return names.index(label)
-    known = f"one of {', '.join(names)}" if names else "all"
-    raise ValueError(f"--label must be a whole number or {known}; got {label!r}")
 
 
 def _check_labels(label: int | str | None, sampler: Sampler) -> None:

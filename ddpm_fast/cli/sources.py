@@ -1,19 +1,9 @@
-"""What commands that draw nothing to keep take for a network: a checkpoint, or a description of one."""
+"""The network of a command for which weights do not matter: a checkpoint, or a description of one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-
-Network = Annotated[
-    str | None,
-    typer.Argument(
-        help="A folder, a weights file or a Hugging Face id; or, with random weights, a config.json or one of "
-        "cifar10, lsun256, tiny. Default: the bundled model.",
-    ),
-]
+from typing import Any
 
 
 def measured(source: str | None, preset: str | None, overrides: dict[str, Any]) -> Any:
@@ -47,7 +37,7 @@ def described(
     if source is not None and preset_model is not None:
         raise ValueError(f"give a SOURCE or --preset-model, not both; got {source!r} and {preset_model!r}")
     if preset is not None:
-        raise ValueError("--preset is for weights without a config; leave it out here")
+        raise ValueError("--weights-preset is for weights without a config; leave it out here")
     if preset_model is not None:
         p = named(preset_model)
         title, network, chain = preset_model, {**p.model, "sample_size": p.image_size}, dict(p.schedule)

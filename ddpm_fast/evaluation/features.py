@@ -80,7 +80,7 @@ def _inception(device: torch.device, weights: Path | None) -> Extractor:
         raise RuntimeError("inception needs: pip install torch-fidelity torchmetrics") from error
     except Exception as error:  # a download, by whatever urllib raises; or a file that is not those weights
         raise RuntimeError(
-            f"the weights of inception could not be had ({error}); give them by --weights, or use "
+            f"the weights of inception could not be had ({error}); give them by --inception-weights, or use "
             f"--features efficientnet-lite0"
         ) from error
     network = metric.inception.to(device).eval()

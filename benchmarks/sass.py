@@ -104,7 +104,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 def _spilled(ptx: str, arch: int) -> int:
     """Bytes of spill stores and loads, from ptxas: the stack may also hold arrays, of a slow sine for one."""
-    tool = "ptxas-blackwell" if arch >= 100 and (binaries() / "ptxas-blackwell").exists() else "ptxas"
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = Path(get_ptxas(arch).path).name  # which of its two reads the PTX that it writes is triton's to know
     suffix = "a" if arch >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"

@@ -29,6 +29,9 @@ except ImportError:
 _only_compiling: ContextVar[bool] = ContextVar("only compiling", default=False)
 # Above this many parts, merging statistics in every program of `norm_act` would cost more than its own tile.
 MAX_PARTS = 64
+# a * b + c is one instruction and rounds once. This decides bits and Triton's default for it is about to change, so
+# every launch states it.
+FUSED_MULTIPLY_ADD = True
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,14 @@ def interpreted() -> bool:
 def start(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, pdl: bool = False, **options: Any
 ) -> None:
-    """``kernel[grid](...)`` on ``device``, that of its tensors: Triton itself takes whichever device is current.
+    """``kernel[grid](...)`` on ``device``, with what holds for every launch (`FUSED_MULTIPLY_ADD`).
 
-    pdl: as a programmatic dependent launch, where the device has them (sm_90 and newer). The kernel has to call
-    `after_previous` under its constexpr PDL.
+    Args:
+        device: that of the tensors; Triton alone would take whichever device is current.
+        pdl: a programmatic dependent launch, where the device has them (sm_90 and newer). The kernel has to call
+            `after_previous` under its constexpr PDL.
     """
+    options["enable_fp_fusion"] = FUSED_MULTIPLY_ADD
     if pdl and isinstance(kernel, triton.JITFunction) and torch.cuda.get_device_capability(device) >= (9, 0):
         options |= {"PDL": True, "launch_pdl": True}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -223,7 +223,7 @@ def build(n, warps, **options):
     kinds = {"x": "*fp32", "y": "*fp32", "N": "constexpr"}
     attrs = {(i,): [["tt.divisibility", 16]] for i in (0, 1)}
     k = triton.compile(ASTSource(sums, kinds, {"N": n}, attrs), target=GPUTarget("cuda", 90, 32),
-                       options={"num_warps": warps, **options})
+                       options={"num_warps": warps, "enable_fp_fusion": True, **options})
     return sass.read(k.asm["cubin"], k.asm["ptx"], 90)
 
 calm, crowded = build(512, 4), build(8192, 1)

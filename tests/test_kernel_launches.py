@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -49,7 +50,11 @@ def test_a_kernel_starts_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device", kernel.device)
     launch.start(kernel, (3, 2), torch.device("cuda:1"), "x", num_warps=4)
     launch.start(kernel, (1,), torch.device("cpu"), N=7)
-    assert kernel.launches == [("cuda:1", (3, 2), ("x",), {"num_warps": 4}), ("cuda:0", (1,), (), {"N": 7})]
+    fused = {"enable_fp_fusion": True}
+    assert kernel.launches == [
+        ("cuda:1", (3, 2), ("x",), {"num_warps": 4, **fused}),
+        ("cuda:0", (1,), (), {"N": 7, **fused}),
+    ]
     assert kernel.current == "cuda:0"
 
 
@@ -156,7 +161,8 @@ for arch, pdl in ((90, True), (90, False), (80, True)):
         launch_all(pdl)
     for c in found:
         code = instructions(c.binary.asm["cubin"])
-        print(json.dumps([arch, pdl, c.kernel, bool(c.binary.metadata.launch_pdl), code]))
+        meta = c.binary.metadata
+        print(json.dumps([arch, pdl, c.kernel, bool(meta.launch_pdl), meta.enable_fp_fusion, code]))
 """
 KERNELS = {
     "conv_kernel", "_norm_tile_kernel", "_group_stats_kernel", "_norm_apply_kernel", "_merge_stats_kernel",
@@ -164,27 +170,63 @@ KERNELS = {
 }  # fmt: skip
 
 
-def test_dependent_launches_wait_before_they_touch_memory(tmp_path: Path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    """[arch, pdl, kernel, launch_pdl, enable_fp_fusion, instructions] of each launch, where Triton's own default is to
+    fuse nothing."""
+    pytest.importorskip("triton.backends.nvidia")
+    script = tmp_path_factory.mktemp("compiled") / "launches.py"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_dependent_launches_wait_before_they_touch_memory(compiled: list[list[Any]]):
     """Off, a kernel has neither instruction; on, ACQBULK waits and PREEXIT lets the next in, ahead of all else.
 
     sm_80 has no such launches and ignores the option.
     """
-    pytest.importorskip("triton.backends.nvidia")
-    script = tmp_path / "launches.py"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    on = [row[2:] for row in rows if row[:2] == [90, True]]
-    assert {kernel for kernel, _, _ in on} == KERNELS
-    for kernel, attribute, code in on:
+    on = [row[2:] for row in compiled if row[:2] == [90, True]]
+    assert {row[0] for row in on} == KERNELS
+    for kernel, attribute, _, code in on:
         assert attribute and code[:2] == ["ACQBULK", "PREEXIT"], kernel
         assert code.count("ACQBULK") == code.count("PREEXIT") == 1, kernel
-    off = [row for row in rows if row[:2] != [90, True]]
+    off = [row for row in compiled if row[:2] != [90, True]]
     assert [row[:3] for row in off] == [[90, False, "_initial_noise_kernel"], [80, True, "_initial_noise_kernel"]]
-    for *_, attribute, code in off:
+    for *_, attribute, _, code in off:
         assert not attribute and not {"ACQBULK", "PREEXIT"} & set(code)
+
+
+def test_every_launch_states_that_multiply_adds_are_fused(compiled: list[list[Any]]):
+    """Whatever Triton's default is, which 3.9 announces to change: it decides bits."""
+    assert {row[2] for row in compiled} == KERNELS
+    assert {row[2]: row[4] for row in compiled} == dict.fromkeys(KERNELS, True)
+
+
+def jitted(tree: ast.Module) -> set[str]:
+    """Names of the kernels of a file: what @jit decorates and a launch could start."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    marked = {f.name for f in functions if any("jit" in ast.unparse(d) for d in f.decorator_list)}
+    return {name for name in marked if name.endswith("_kernel")}
+
+
+def test_one_function_launches_kernels():
+    """`launch.start`, so that what holds for every launch is stated once; and all kernels are looked at above."""
+    found: set[str] = set()
+    elsewhere = []
+    for path in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found |= jitted(tree)
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            subscript = isinstance(call.func, ast.Subscript) and "kernel" in ast.unparse(call.func.value)
+            warmup = isinstance(call.func, ast.Attribute) and call.func.attr == "warmup"
+            if subscript or warmup or ast.unparse(call.func) == "triton.compile":
+                elsewhere.append(path.name)
+    assert elsewhere == ["launch.py"] * 2, "start's own launch, and its compilation ahead"
+    assert found == KERNELS
 
 
 def test_the_interpreter_ignores_dependent_launches(interpreted: torch.device):

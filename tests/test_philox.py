@@ -10,7 +10,7 @@ import torch
 from tensors import box_muller64, normal64, poison
 from torch import Tensor
 
-from ddpm_fast.kernels import philox
+from ddpm_fast.kernels import launch, philox
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -72,7 +72,7 @@ def _normal_kernel(
 def device_words(module: ModuleType, key: Tensor, counters: Tensor) -> Tensor:
     """Words [B, 4] of counters [B, 4] under key [2]; all int64, B a power of two."""
     out = torch.full_like(counters, -1)
-    _words_kernel[(1,)](key, counters, out, WORDS=module.words, BLOCK=len(counters))
+    launch.start(_words_kernel, (1,), out.device, key, counters, out, WORDS=module.words, BLOCK=len(counters))
     return out
 
 
@@ -82,9 +82,11 @@ def device_normal(module: ModuleType, seed: Tensor, ids: Tensor, step: int, coun
     items = count if at else count // 4
     block = min(items, 4096)
     normal = module.normal_at if at else module.normal4
-    _normal_kernel[(len(ids), items // block)](
+    grid = (len(ids), items // block)
+    launch.start(
+        _normal_kernel, grid, ids.device,
         seed, ids, out, torch.tensor(step & 0xFFFFFFFF).to(torch.int32).item(), module.split64, normal, at, block
-    )
+    )  # fmt: skip
     return out
 
 
@@ -112,7 +114,7 @@ def check_normals(module: ModuleType, device: torch.device) -> None:
     edges += [0xBFFFFFFF, 0xC0000000, 0xDFFFFFFF, 0xE0000000, 0xFFFFFF7F, 0xFFFFFFFF]
     pairs = torch.cartesian_prod(torch.tensor(edges), torch.tensor(edges))
     out = poison(tuple(pairs.shape), torch.float32, device)
-    _pair_kernel[(1,)](pairs.to(device), out, BOX_MULLER=module.box_muller, BLOCK=len(pairs))
+    launch.start(_pair_kernel, (1,), device, pairs.to(device), out, BOX_MULLER=module.box_muller, BLOCK=len(pairs))
     truth = torch.stack(box_muller64(pairs[:, 0], pairs[:, 1]), dim=1)
     # At quarter turns float64's own sine and cosine of 2 pi u are off by 1e-16, where ours are exactly zero.
     far = (out.double().cpu() - truth).abs() > 1e-14

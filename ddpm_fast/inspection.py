@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import Checkpoint
+from .classes import listed, null_class
 from .graphs import why_no_loop
 from .ops import recording, reference
 from .ops.compiled import compiler
@@ -106,6 +107,8 @@ def describe(checkpoint: Checkpoint, batch_size: int = 1) -> dict[str, Any]:
     model = checkpoint.model
     size = model.config.image_size
     chain = step_table(checkpoint.schedule)
+    embedded = model.config.num_class_embeds
+    nobody = null_class(embedded, checkpoint.labels)
     facts: dict[str, Any] = {
         "source": checkpoint.source,
         "family": checkpoint.family,
@@ -113,7 +116,9 @@ def describe(checkpoint: Checkpoint, batch_size: int = 1) -> dict[str, Any]:
         "model": model.config.to_dict(),
         "schedule": checkpoint.schedule.to_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": None if embedded is None else embedded - (nobody is not None),
         "labels": checkpoint.labels,
+        "null_class": nobody,
         "steps": len(chain),
         "on_torch_operations": fallbacks(model, chain) if isinstance(model, UNet) else {},
     }
@@ -143,10 +148,9 @@ def describe_text(facts: dict[str, Any]) -> str:
         f"  images      {sides}, {channels} channel{'s' * (channels != 1)}",
         f"  parameters  {facts['parameters']:,}",
     ]
-    if facts.get("labels"):
-        lines.append(f"  labels      {', '.join(facts['labels'])}")
-    elif m.get("num_class_embeds"):
-        lines.append(f"  classes     {m['num_class_embeds']}")
+    if facts.get("classes"):
+        none = "" if facts["null_class"] is None else f"; {facts['null_class']} stands for none, for guidance"
+        lines.append(f"  classes     {facts['classes']}: {listed(facts['classes'], facts['labels'])}{none}")
     lines += _lucidrains_lines(m) if "dim_mults" in m else _unet_lines(m)
     betas = "trained betas" if s["trained_betas"] else f"{s['beta_schedule']} {s['beta_start']}..{s['beta_end']}"
     process = [f"T={s['num_train_timesteps']}", betas, s["prediction_type"]]

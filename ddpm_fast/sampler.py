@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_device, check_noise, number, shape_of_images, whole_labels, whole_number
+from .classes import labels_needed, null_class
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
 from .engine.call import Call, Shown, check_numbers, padded, strides
 from .engine.choose_ops import choose_ops
@@ -103,6 +104,7 @@ class Sampler:
         _expect_device(self.ops, self.device)
         if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
+        self.label_names: Sequence[str] | None = getattr(model, "label_names", None)
         self.model: Any = self._prepared(model, dtype)
         # Kept where it may be needed again: for images that half precision cannot hold.
         self._copied = self.model is not model
@@ -135,16 +137,18 @@ class Sampler:
         """Label values the model takes, or None where it takes none."""
         return self.model.config.num_class_embeds if isinstance(self.model, UNet) else None
 
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for no class, where the model has one: under guidance, or by the classes' names."""
+        return null_class(self.num_classes, self.label_names, self.guidance_scale is not None)
+
     def checked_labels(
         self, labels: int | Sequence[int] | Tensor | None, n: int
     ) -> Tensor | None:  # [n, ...] on the sampler's device; None for a model without classes
         """``labels`` as `sample` takes them, one an image. ValueError for what the model does not take."""
         if labels is None:
             if self.num_classes is not None:
-                raise ValueError(
-                    f"this model has {self.num_classes} classes: pass labels (an int, or one an image; on the command "
-                    "line, --label)"
-                )
+                raise ValueError(labels_needed(self.num_classes, self.null_class, self.label_names))
             return None
         classes = self.num_classes
         labels = torch.as_tensor(labels, device=self.device) if classes is None else whole_labels(labels, self.device)

@@ -236,7 +236,7 @@ def test_help(run: Run):
         (("sample", "CKPT", "--eta", 0.5), "eta belongs to method='ddim'"),
         (("sample", "CKPT", "--batch-size", 0), "batch_size must be a positive integer or 'auto'; got 0"),
         (("sample", "CKPT", "--label", 1), "this model has no classes, so it takes no labels"),
-        (("sample", "CLASSES"), "this model has 3 classes: pass labels"),
+        (("sample", "CLASSES"), "this model has 3 classes (0 to 2): pass labels"),
         (("sample", "CLASSES", "--label", 3), "labels must be in 0..2; got 3\n"),
         (("sample", "CKPT", "--first-id", 2**63 - 1, "-n", 2), "must fit in 64 bits; got first_id=9223372036854775807"),
         (("sample", "CKPT", "--seed", 2**64), "--seed must be in 0 .. 2**64 - 1; got 18446744073709551616"),

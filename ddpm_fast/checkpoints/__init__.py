@@ -114,7 +114,10 @@ def load(
     )
     family = detect(found)
     assert family.load is not None
-    return family.load(found)
+    checkpoint = family.load(found)
+    if checkpoint.labels:
+        checkpoint.model.label_names = tuple(checkpoint.labels)
+    return checkpoint
 
 
 def convert(

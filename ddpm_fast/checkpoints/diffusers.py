@@ -181,8 +181,9 @@ def save(
     """Writes a folder that ``load`` here and ``diffusers.DDPMPipeline.from_pretrained`` read.
 
     dtype: of the stored weights, e.g. torch.float16; None keeps the model's. label_names: of the classes, kept in
-    labels.json, which diffusers ignores. A new folder appears whole or not at all. In an existing one each file of
-    the layout is replaced atomically, weights first, other weights in its unet/ go, and all other files stay.
+    labels.json, which diffusers ignores; one name fewer than classes means that the last class stands for none.
+    A new folder appears whole or not at all. In an existing one each file of the layout is replaced atomically,
+    weights first, other weights in its unet/ go, and all other files stay.
 
     Raises CheckpointError where the model cannot be expressed so, or its weights are not finite in that dtype.
     """

@@ -125,14 +125,17 @@ def _drawn(source: str, n: int, batch_size: int, seed: int, device: str | None) 
     from ..checkpoints import load
     from ..evaluation.image_stream import ImageStream
     from ..sampler import Sampler, to_uint8
+    from ..store.manifest import classes_of
 
     checkpoint = load(source)
     sampler = Sampler(checkpoint.model, checkpoint.schedule, batch_size=batch_size, device=chosen_device(device))
 
+    classes = classes_of(sampler)
+
     def batches(size: int) -> Any:
         for first in range(0, n, size):
             count = min(size, n - first)
-            labels = sampler.num_classes and torch.arange(first, first + count) % sampler.num_classes
+            labels = classes and torch.arange(first, first + count) % classes
             yield to_uint8(sampler.sample(count, seed, labels, first_id=first)).cpu().numpy()
 
     return ImageStream(n, source, "", batches)

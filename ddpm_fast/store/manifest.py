@@ -170,9 +170,9 @@ def _is_whole(value: Any, least: int, end: int) -> bool:
 
 
 def classes_of(sampler: Sampler) -> int | None:
-    """Classes that can be asked for: under guidance the last one stands for none."""
+    """The number of classes that images can be of: without the one that stands for none."""
     classes = sampler.num_classes
-    return classes - 1 if classes is not None and sampler.guidance_scale is not None else classes
+    return classes - 1 if classes is not None and sampler.null_class is not None else classes
 
 
 def environment(device: torch.device) -> dict[str, str | None]:

@@ -39,6 +39,7 @@ class UNet(nn.Module):
     ones are fine), labels [N] where the model has classes -> [N, out_channels, H, W].
     """
 
+    label_names: tuple[str, ...] | None = None  # of the classes, where a checkpoint has them
     ops: Ops | None = None  # the set whose weights a prepared copy has; None: `reference`, or who is asked
 
     def __init__(self, config: UNetConfig):

@@ -404,7 +404,7 @@ def test_what_does_not_fit_together(arguments: dict[str, Any], message: str):
         ({"n": 2, "labels": [1]}, "labels must be one number, or one an image; got 1 for n=2"),
         ({"n": 2, "labels": [0, 4]}, r"labels must be in 0\.\.3; got 0\.\.4"),
         ({"n": 2, "labels": -1}, r"labels must be in 0\.\.3; got -1$"),
-        ({"n": 2}, r"this model has 4 classes: pass labels"),
+        ({"n": 2}, r"this model has 4 classes \(0 to 3\): pass labels"),
     ],
 )
 def test_wrong_calls(arguments: dict[str, Any], message: str):
@@ -445,7 +445,7 @@ def test_labels_are_checked_without_drawing(monkeypatch: pytest.MonkeyPatch):
         [0, 3],
         [2, 1],
     ]
-    for given, message in ((None, "4 classes: pass labels"), (4, r"in 0\.\.3; got 4$"), ([1], "got 1 for n=2")):
+    for given, message in ((None, "4 classes \\(0 to 3\\): pass labels"), (4, r"in 0\.\.3; got 4$"), ([1], "got 1 for n=2")):
         with pytest.raises(ValueError, match=message):
             sampler.checked_labels(given, 2)
 

@@ -15,9 +15,9 @@ import test_checkpoints_ho as ho_oracle
 import torch
 from torch import Tensor
 
-from ddpm_fast.checkpoints import CheckpointError, detect, ho, unwrap
+from ddpm_fast.checkpoints import CheckpointError, ho, identify
 from ddpm_fast.checkpoints import openai as family
-from ddpm_fast.checkpoints.family import Found
+from ddpm_fast.checkpoints.layout import Layout
 
 NET = openai.Net(32, 1, (1, 2), (2,), heads=4, classes=3)
 OPENAI = {"num_heads": 4, "diffusion_steps": 10, "noise_schedule": "linear", "rescale_timesteps": False}
@@ -65,8 +65,7 @@ def test_whole_or_refused_in_one_line(name: str) -> None:
     for seed in range(200):
         content = damaged(state, random.Random(seed))
         try:
-            found = Found("weights.pt", path, unwrap(content, path), overrides=overrides)
-            kind = detect(found)
+            found, kind = identify(content, Layout(path, None, None, None, []), "weights.pt", overrides=overrides)
             assert kind.load is not None
             checkpoint = load(found) if kind.load is load else None
         except CheckpointError as error:

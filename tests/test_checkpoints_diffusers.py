@@ -289,36 +289,6 @@ def test_wrappers_prefixes_are_stripped(tmp_path: Path) -> None:
     assert_same(run(load(tmp_path / "weights.pt").model, TINY), run(model, TINY))
 
 
-@pytest.mark.parametrize(
-    ("content", "note"),
-    [
-        (lambda state: {"model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}, "'model'"),
-        (lambda state: {"model_state_dict": state, "loss": 0.5}, "'model_state_dict'"),
-        (lambda state: {"state_dict": {f"model.unet.{k}": v for k, v in state.items()}, "epoch": 3}, None),
-        (lambda state: {f"net.{k}": v for k, v in state.items()}, None),
-    ],
-    ids=["model", "model_state_dict", "lightning", "attribute"],
-)
-def test_files_of_training_scripts(content: Any, note: str | None, tmp_path: Path) -> None:
-    model = theirs(TINY)
-    model.save_config(tmp_path)
-    torch.save(content(model.state_dict()), tmp_path / "weights.pt")
-    checkpoint = load(tmp_path / "weights.pt")
-    assert_same(run(checkpoint.model, TINY), run(model, TINY))
-    told = [n for n in checkpoint.notes if "state dict under" in n]
-    assert told == ([f"of what the file holds the state dict under {note} is used"] if note else [])
-
-
-def test_a_file_with_two_networks_is_not_guessed_at(tmp_path: Path) -> None:
-    model = theirs(TINY)
-    model.save_config(tmp_path)
-    torch.save({"model": model.state_dict(), "ema": model.state_dict()}, tmp_path / "weights.pt")
-    with pytest.raises(
-        CheckpointError, match=r"holds 2 state dicts \(model, ema\); save the one to draw from in a file"
-    ):
-        load(tmp_path / "weights.pt")
-
-
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_a_configuration_is_not_weights(name: str, tmp_path: Path) -> None:
     pipeline().save_pretrained(tmp_path)

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import cli, graphs
-from ddpm_fast.checkpoints import Checkpoint, CheckpointError, convert, detect, load, save
-from ddpm_fast.checkpoints.family import Found
+from ddpm_fast.checkpoints import Checkpoint, CheckpointError, convert, identify, load, save
+from ddpm_fast.checkpoints.layout import Layout
 from ddpm_fast.checkpoints.lucidrains_unet import LucidrainsUnet
 from ddpm_fast.engine import CallableProgram
 from ddpm_fast.graphs import GraphCache
@@ -168,7 +168,8 @@ def test_a_trainer_s_file(tmp_path: Path) -> None:
     text = describe_text(describe(checkpoint))
     for part in (
         "8 x 8, 3 channels",
-        "of the 3 networks in the file the averaged one is used",
+        "of the 2 networks in the file (model, ema.ema_model) the averaged one, ema.ema_model, is used; weights=NAME",
+        "left out: ema.initted, ema.step, step, opt, scaler, version",
         "by version 1.7.2: channel_norm='rms', standardised='clamped', values_over_pixels=True, cosine_scale=None",
         "inferred from the buffers: timesteps=40, beta_schedule=cosine",
         "inferred from loss_weight: objective=pred_v",
@@ -568,8 +569,8 @@ def test_every_tensor_is_needed_as_it_is() -> None:
     sd = weights(Net(mults=(2,)))
 
     def taken(tensors: dict[str, Tensor]) -> None:
-        found = Found("file", Path("file"), tensors, preset="2.3.4")
-        family = detect(found)
+        layout = Layout(Path("file"), None, None, None, [])
+        found, family = identify(tensors, layout, "file", preset="2.3.4")
         assert family.name == "lucidrains" and family.load is not None
         family.load(found)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from ddpm_fast.checkpoints import CheckpointError, diffusers, unwrap
+from ddpm_fast.checkpoints import CheckpointError, contents_of, diffusers, identify
 from ddpm_fast.checkpoints.family import Found, check_storage
 from ddpm_fast.checkpoints.files import (
     CRC_FIELD,
@@ -34,6 +34,7 @@ from ddpm_fast.checkpoints.files import (
     read_weights,
     safetensors_bytes,
 )
+from ddpm_fast.checkpoints.layout import Layout
 from ddpm_fast.schedule import Schedule
 
 CASES = {
@@ -112,8 +113,9 @@ def outcome(read: Callable[[Path], Any], path: Path, data: bytes) -> Any:
 def sound(content: Any, path: Path) -> None:
     """As `load` goes on: tensors that the file really holds, or a refusal."""
     try:
-        tensors = unwrap(content, path)
+        tensors = contents_of(content, path).tensors
         check_storage(Found(str(path), path, tensors), tensors)
+        identify(content, Layout(path, CONFIG.to_dict(), None, None, []), str(path))
     except CheckpointError as error:
         assert str(error).isprintable()
         return

@@ -55,11 +55,7 @@ def _load(found: Found) -> Checkpoint:
     tensors = current_names(found.tensors, found.weights)
     notes = list(found.notes)
     config = _unet_config(found, tensors, notes)
-    try:
-        with torch.device("meta"):  # no memory and no random numbers for what the file is about to give
-            model = UNet(config)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond any tensor
-        raise CheckpointError(f"the configuration of {found.weights} cannot be built: {first_line(error)}") from None
+    model = _build(config, found.weights)
     notes += fit(model, found, tensors)
     schedule = _schedule(found, config, notes)
     if found.overrides:
@@ -70,6 +66,42 @@ def _load(found: Found) -> Checkpoint:
 
 
 FAMILY = Family("diffusers", _detect, _load)
+
+
+def named_by_config(averages: Sequence[Tensor], config: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The state dict of diffusers' EMAModel under the names of the UNet2DModel that a config.json describes.
+
+    averages: its shadow_params, one for each of the model's parameters() in that order. Raises CheckpointError where
+    their number or a shape is not the model's.
+    """
+    found = Found(str(path), path, {str(i): t for i, t in enumerate(averages)}, config=dict(config))
+    model = _build(_unet_config(found, found.tensors, []), path)
+    names = sorted(dict(model.named_parameters()), key=_place_in_diffusers)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = next((n for n, t in zip(names, averages) if tuple(t.shape) != shapes[n]), None)
+    if len(names) != len(averages) or wrong is not None:
+        what = f"{wrong} is not of shape {list(shapes[wrong])}" if wrong else f"the U-Net has {len(names)} parameters"
+        raise CheckpointError(
+            f"{path} holds {len(averages)} averaged tensors in the order of parameters(), and by the {CONFIG} beside "
+            f"it {what}; put the right {CONFIG} there, or save the model's state dict in the same file"
+        )
+    return dict(zip(names, averages))
+
+
+def _place_in_diffusers(name: str) -> tuple[int, int, bool]:
+    """Sorts our parameters' names (stably) into the order of UNet2DModel.parameters(), which is that of assignment."""
+    parts = name.split(".")
+    order = ("down_blocks", "up_blocks", "mid_block", "conv_norm_out", "conv_out")
+    place = order.index(parts[0]) + 1 if parts[0] in order else 0
+    return place, int(parts[1]) if parts[0] in order[:2] else 0, "attentions" not in parts
+
+
+def _build(config: UNetConfig, path: Path) -> UNet:
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for what the file is about to give
+            return UNet(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond any tensor
+        raise CheckpointError(f"the configuration of {path} cannot be built: {first_line(error)}") from None
 
 
 def current_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

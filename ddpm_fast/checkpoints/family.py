@@ -35,7 +35,7 @@ class Found:
 
     source: str
     weights: Path  # the file, or the index of its shards
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]  # of the network alone, under its own names
     config: dict[str, Any] | None = None  # config.json
     scheduler: dict[str, Any] | None = None  # scheduler_config.json
     labels: list[str] | None = None
@@ -43,16 +43,24 @@ class Found:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     recorded: Mapping[str, Any] = field(default_factory=dict)  # what the file says beside its tensors
+    prefix: str = ""  # of the network's names in the file
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # all tensors of the file, by their dotted names there
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of checkpoint, told by its tensor names. Without `load` it is recognised only to be refused."""
+    """A kind of network, known by its tensor names. Without `load` it is recognised only to be refused.
+
+    detect: gets the names under one prefix of a file, without that prefix. It must hold for the network's own prefix
+        and for no other, so it asks for whole names or for their beginnings.
+    """
 
     name: str
     detect: Callable[[frozenset[str]], bool]
     load: Callable[[Found], Checkpoint] | None = None
     refusal: str = ""  # what the file is, and what to do
+    hides: bool = False  # a network inside it must not be loaded by itself
+    reads: frozenset[str] = frozenset()  # buffers beside the layers that `load` itself wants to see
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -117,16 +117,19 @@ def load(found: Found) -> Checkpoint:
     return Checkpoint(model, schedule, found.source, "Ho et al.", notes, found.labels)
 
 
-def averaged(content: list[Any], path: Path) -> tuple[Any, str]:
-    """The weights to sample with in ddim's list [model, optimizer, epoch, step, ema], and a note of the choice."""
-    models = [part for part in (content[:1] + content[4:5]) if isinstance(part, dict) and part]
-    if not models or len(content) > 5 or not any("temb.dense." in str(name) for name in models[0]):
+def named_list(content: list[Any], path: Path) -> dict[str, Any]:
+    """ddim's list [model, optimizer, epoch, step, ema] as a dict of its parts.
+
+    Raises CheckpointError for any other list.
+    """
+    parts = dict(zip(("model", "optimizer", "epoch", "step", "ema"), content))
+    model = parts.get("model")
+    named = isinstance(model, dict) and any("temb.dense." in str(name) for name in model)
+    if not named or len(content) > 5:
         raise CheckpointError(
             f"{path} is a list of {len(content)} values, not [model, optimizer, epoch, step, ema] as ddim's ckpt.pth is"
         )
-    if len(models) == 2:
-        return models[1], "of ddim's list, the averaged weights (ema) are used, not the model's"
-    return models[0], "ddim's list has no averaged weights (ema); the model's own are used, which sample worse"
+    return parts
 
 
 def to_ours(tensors: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:

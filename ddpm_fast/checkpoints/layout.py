@@ -26,12 +26,17 @@ class Layout(NamedTuple):
     scheduler: dict[str, Any] | None
     labels: list[str] | None
     notes: list[str]
+    choice: str | None = None  # which network of the file was asked for, where no folder answers that
 
 
-def locate(path: Path) -> Layout:
-    """The parts of the checkpoint at path, a folder or one weights file. Raises CheckpointError."""
+def locate(path: Path, choice: str | None = None) -> Layout:
+    """The parts of the checkpoint at path, a folder or one weights file. Raises CheckpointError.
+
+    choice: one of the folders of a pipeline ("unet", "unet_ema"), or the name of a network in the file.
+    """
     if path.is_dir():
-        unet, notes = _unet_folder(path)
+        unet, notes = _unet_folder(path, choice)
+        choice = None if unet.name == choice else choice
         weights, note = _choose_weights(unet)
         notes += note
         config = read_json(unet / CONFIG) if (unet / CONFIG).exists() else None
@@ -51,7 +56,7 @@ def locate(path: Path) -> Layout:
         notes += scheduler_notes
     else:
         scheduler = None
-    return Layout(weights, config, scheduler, _labels(root), notes)
+    return Layout(weights, config, scheduler, _labels(root), notes, choice)
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -88,17 +93,23 @@ def check_pipeline(root: Path) -> None:
         check_class({"_class_name": unet[-1]}, path)
 
 
-def _unet_folder(root: Path) -> tuple[Path, list[str]]:
+def _unet_folder(root: Path, choice: str | None) -> tuple[Path, list[str]]:
     """The folder of the U-Net: a sub-folder if there is one, else the root; else the newest checkpoint-N's."""
     present = [name for name in UNETS if (root / name).is_dir()]
+    if choice is not None and present:
+        if choice not in present:
+            raise CheckpointError(f"{root} has no weights {choice!r}; it has {', '.join(present)}")
+        return root / choice, [f"of {' and '.join(present)}, {choice} is used, as asked"] if len(present) > 1 else []
     if present:
-        notes = ["the folder has both unet and unet_ema; the averaged weights, unet_ema, are used"] * (len(present) > 1)
-        return root / present[0], notes
+        both = "the folder has both unet and unet_ema; the averaged weights, unet_ema, are used (--weights unet: the "
+        return root / present[0], [both + "others)"] * (len(present) > 1)
     if not _any_weights(root):
         numbered = {int(p.name[11:]): p for p in root.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()}
-        if numbered and any((numbered[max(numbered)] / name).is_dir() for name in UNETS):
+        if numbered and (
+            any((numbered[max(numbered)] / name).is_dir() for name in UNETS) or _any_weights(numbered[max(numbered)])
+        ):
             newest = numbered[max(numbered)]
-            unet, notes = _unet_folder(newest)
+            unet, notes = _unet_folder(newest, choice)
             return unet, [f"the newest training checkpoint, {newest.name}, is used", *notes]
     return root, []
 

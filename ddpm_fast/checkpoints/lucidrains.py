@@ -66,9 +66,8 @@ def load(found: Found) -> Checkpoint:
     notes = list(found.notes)
     if found.config is not None:
         notes.append(f"the {CONFIG} beside the file is not used: these are lucidrains' names")
-    parts = split(found.tensors, found.weights)
+    parts = split(found.tensors, found.prefix, found.beside, found.weights)
     check_storage(found, parts.network | parts.buffers)
-    notes += [parts.note] if parts.note else []
     if not found.recorded.get("averaged", True):
         notes.append("the file has no averaged weights (EMA); the model's own are used, which sample worse")
     settings = _Settings(found, parts, notes)

@@ -15,6 +15,22 @@ from .lucidrains_versions import FIRST, FLAT, LAST, MEMORY, RMS_BLOCKS, UNSHUFFL
 Shapes = Mapping[str, tuple[int, ...]]
 _FIRST_TENSOR = "init_conv.weight"
 _BUFFERS = ("betas", "alphas_cumprod", "loss_weight")  # all that is told; the others follow from them
+DIFFUSION_BUFFERS = frozenset(
+    (
+        *_BUFFERS,
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "p2_loss_weight",
+    )
+)
 
 
 class Parts(NamedTuple):
@@ -23,48 +39,30 @@ class Parts(NamedTuple):
     network: dict[str, Tensor]  # under the names of 2.x
     buffers: dict[str, Tensor]  # of GaussianDiffusion: betas, and of _BUFFERS what it has
     nested: bool  # names of before 1.8.0
-    note: str | None  # which of several networks was chosen
     wrapped: bool  # by a diffusion class, so that missing buffers say which
 
 
-def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A Trainer's file as one state dict: its "model" and "ema" under these prefixes."""
-    return {
-        f"{part}.{name}": value
-        for part in ("model", "ema")
-        for name, value in (content[part] if isinstance(content[part], dict) else {}).items()
-        if isinstance(value, Tensor)
-    }
+def split(network: Mapping[str, Tensor], prefix: str, beside: Mapping[str, Tensor], path: Path) -> Parts:
+    """The parts of a file: of a Trainer's, an EMA, a GaussianDiffusion or a U-Net alone.
 
-
-def split(tensors: Mapping[str, Tensor], path: Path) -> Parts:
-    """The parts of a state dict: of a Trainer's file, an EMA, a GaussianDiffusion or a U-Net alone.
+    network: the U-Net's tensors; prefix: what their names begin with in the file, whose tensors are ``beside``.
 
     Raises CheckpointError for networks of the same package that are no DDPM of images.
     """
-    prefixes = [name.removesuffix(_FIRST_TENSOR) for name in tensors if name.endswith(_FIRST_TENSOR)]
-    prefix = min(prefixes, key=lambda p: ("ema_model." not in p, "online_model." in p, not p.startswith("ema.")))
-    note = None
-    if len(prefixes) > 1 or prefix.startswith("ema"):
-        averaged = "ema" in prefix and "online_model" not in prefix
-        note = f"of the {len(prefixes)} networks in the file the {'averaged' if averaged else 'trained'} one is used"
-        if len(prefixes) == 1:
-            note = "the network in the file is an averaged one (EMA)"
-    network = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     _refuse(network, prefix, path)
     nested = any(".fn." in name for name in network)
     wrapper = re.sub(r"(^|.*\.)(model|denoise_fn)\.$", r"\1", prefix)
     wrapped = wrapper != prefix
     # An average of equal values drifts; the model's own are the ones that were computed.
     places = ("model.", wrapper) if prefix.startswith("ema.") else (wrapper,)
-    place = next((p for p in places if wrapped and f"{p}betas" in tensors), None)
+    place = next((p for p in places if wrapped and f"{p}betas" in beside), None)
     buffers = {}
     if place is not None:
-        buffers = {name: tensors[place + name] for name in _BUFFERS if place + name in tensors}
+        buffers = {name: beside[place + name] for name in _BUFFERS if place + name in beside}
         odd = [name for name, t in buffers.items() if t.ndim != 1]
         if odd:
             raise CheckpointError(f"{path} is a lucidrains checkpoint, but its {odd[0]} is no list of numbers")
-    return Parts({_current(name): t for name, t in network.items()}, buffers, nested, note, wrapped)
+    return Parts({_current(name): t for name, t in network.items()}, buffers, nested, wrapped)
 
 
 def _current(name: str) -> str:

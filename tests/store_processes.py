@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+from processes import interruptible
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
@@ -28,7 +29,7 @@ def _command(words: Sequence[str], environment: dict[str, str], log: str) -> Non
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    interruptible()
     sys.argv = ["ddpm-fast", *words]
     import torch
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bench_fakes import fake, is_alive
 from models import TINY, normal, unet
+from processes import interruptible
 
 import ddpm_fast as df
 from ddpm_fast.benchmarking import ours, run, text, timing, worker
@@ -160,7 +161,11 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, *sys.path])),
     }
     with subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
     ) as parent:
         assert parent.stderr is not None
         for line in parent.stderr:  # until it is checked and timed

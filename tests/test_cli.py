@@ -18,6 +18,7 @@ import pytest
 import torch
 from models import TINY, unet
 from PIL import Image
+from processes import interruptible
 from test_unet import CIFAR10
 
 import ddpm_fast as df
@@ -346,8 +347,7 @@ def test_ctrl_c_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path):
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs with SIGINT ignored, and children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=interruptible,
     )
     assert process.stderr is not None
     try:
@@ -375,7 +375,7 @@ def test_ctrl_c_while_torch_is_imported_makes_no_traceback(tmp_path: Path):
         env={**environment(), "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=interruptible,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "ddpm-fast: interrupted; nothing was begun\n")
 

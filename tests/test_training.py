@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,11 +165,25 @@ def test_killed_at_a_random_moment(avatars: ImageData, tmp_path: Path) -> None:
         assert all(ours[name] == theirs[name] for name in ("step", "loss", "lr", "grad_norm")), (moment, reached)
 
 
+@pytest.fixture
+def set_signal() -> Iterator[Callable[[signal.Signals, Any], None]]:
+    """``signal.signal``, undone after the test."""
+    before: dict[signal.Signals, Any] = {}
+
+    def set_(number: signal.Signals, handler: Any) -> None:
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield set_
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_saves_and_returns(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, set_signal: Any
 ) -> None:
-    handler = signal.getsignal(number)
+    handler = signal.default_int_handler
+    set_signal(number, handler)  # where the suite was started with it ignored, too
     step = Trainer.step
 
     def stop_at_four(self: Trainer, k: int, batch: object) -> object:
@@ -182,6 +198,26 @@ def test_a_stop_signal_saves_and_returns(
     assert not result.finished and result.step == 4
     assert train_state.load_latest_state(tmp_path / "state")["step"] == 4
     assert run(tmp_path).finished
+    assert_same_run(tmp_path, finished, 6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_so(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, set_signal: Any
+) -> None:
+    """As under nohup, or in the background of a script: the training goes on."""
+    set_signal(number, signal.SIG_IGN)
+    step = Trainer.step
+
+    def ignored(self: Trainer, k: int, batch: object) -> object:
+        if k == 3:
+            signal.raise_signal(number)
+        return step(self, k, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", ignored)
+        assert run(tmp_path).finished
+    assert signal.getsignal(number) is signal.SIG_IGN
     assert_same_run(tmp_path, finished, 6)
 
 

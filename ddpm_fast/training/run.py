@@ -287,7 +287,11 @@ def _evaluation(trainer: Trainer, out: Path) -> BackgroundEvaluation:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. Handlers exist in the main thread only; elsewhere nothing sets it."""
+    """An event that SIGINT and SIGTERM set.
+
+    A signal that is ignored (nohup, a shell's background job) stays so. Handlers exist in the main thread only;
+    elsewhere nothing sets the event.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -303,7 +307,8 @@ def _stop_signals() -> Iterator[threading.Event]:
         restore()  # so that a second signal ends the process as it always does
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, request)
     try:
         yield stop
     finally:

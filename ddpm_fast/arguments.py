@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def whole_number(name: str, value: object) -> int:
@@ -47,8 +50,9 @@ def shape_of_images(value: Any) -> tuple[int, int, int]:
     return c, h, w
 
 
-def check_noise(noise: object) -> None:
-    """ValueError unless it is a name, a torch.Generator, or a list of them."""
+def check_noise(noise: object, automatic: bool = False) -> None:
+    """ValueError unless it is a name, a torch.Generator, or a list of them; for an ``automatic`` batch size, unless it
+    does not depend on the batch."""
     if isinstance(noise, str):
         right = noise in ("philox", "torch")
     else:
@@ -56,6 +60,11 @@ def check_noise(noise: object) -> None:
         right = bool(each) and all(isinstance(g, torch.Generator) for g in each)
     if not right:
         raise ValueError(f"noise must be 'philox', 'torch', a torch.Generator or a list of one an image; got {noise!r}")
+    if automatic and (noise == "torch" or isinstance(noise, torch.Generator)):
+        raise ValueError(
+            "batch_size='auto' needs noise that does not depend on the batch; got one torch generator for all "
+            "images; use noise='philox', a list of one generator an image, or a number"
+        )
 
 
 def whole_labels(labels: Any, device: torch.device) -> Tensor:  # [...] int64 on the device
@@ -75,3 +84,34 @@ def check_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r} cannot be had: torch sees no CUDA GPU here; see ddpm-fast doctor")
     return device
+
+
+def dtype_called(value: object, allowed: Iterable[torch.dtype] = DTYPES.values()) -> torch.dtype:
+    """One of the ``allowed`` dtypes, by default those that networks compute in; given as such or by name ("bfloat16").
+
+    Raises ValueError for any other.
+    """
+    known = {dtype_name(dtype): dtype for dtype in allowed}
+    found = known.get(value) if isinstance(value, str) else value
+    if isinstance(found, torch.dtype) and found in known.values():
+        return found
+    got = value if isinstance(value, torch.dtype) else repr(value)
+    raise ValueError(f"dtype must be one of {', '.join(known)}; got {got}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def batch_size_of(value: object) -> int | str:
+    """A number of images, 1 or more, or "auto"."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    try:
+        size = whole_number("batch_size", value)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"batch_size must be a positive integer or 'auto'; got {value!r}")
+    return size

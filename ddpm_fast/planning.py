@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import ops as ops_module
+from .arguments import dtype_called
 from .config import UNetConfig
 from .engine.prepared import prepare
 from .engine.time_rows import ClassRows, TableRows
@@ -26,7 +27,6 @@ from .schedule import Schedule
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONVOLUTIONS = ("conv", "upsample_conv", "conv_step")
 _FLOAT = 4  # bytes
 
@@ -93,14 +93,13 @@ def plan(
     schedule: Schedule,
     batch: int = 256,
     on: str | Gpu = "h100",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     steps: int | None = None,  # of the chain; None: all of them
 ) -> Plan:
     """The plan of one step of ``config``'s network with the fused operations. ValueError for what does not fit."""
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+    dtype = dtype_called(dtype)
     if not isinstance(config, UNetConfig):
         raise ValueError(
             "plan prices the launches of our own U-Net; a network of another code base runs on torch's operations: "

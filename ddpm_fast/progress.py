@@ -15,11 +15,45 @@ def animated() -> bool:
     return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
+class Bar(tqdm):
+    """tqdm's bar without its monitor, a thread that outlives all bars. With ``miniters=1`` there is no need for one."""
+
+    monitor_interval = 0
+
+
+class _NoBar:
+    """Takes what a bar takes, and shows nothing. tqdm starts its monitor thread for a disabled bar too."""
+
+    def __init__(self, total: float, initial: float = 0):
+        self.total, self.n = total, initial
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+    def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def progress_bar(wanted: bool, total: int, unit: str, desc: str | None = None, **options: Any) -> Any:
-    """tqdm's bar, or one that does nothing where it is not ``wanted``. options: tqdm's."""
-    if not animated():  # miniters: else tqdm adds lines of its own every ten seconds
-        options |= {"mininterval": LINE_S, "miniters": 1, "file": _Lines()}
-    return tqdm(total=total, disable=not wanted, unit=unit, desc=desc, **options)
+    """A bar by tqdm, or one that shows nothing where it is not ``wanted``. Neither leaves a thread.
+
+    Args:
+        options: tqdm's own.
+    """
+    if not wanted:
+        return _NoBar(total, options.get("initial", 0))
+    if not animated():
+        options |= {"mininterval": LINE_S, "file": _Lines()}
+    return Bar(total=total, unit=unit, desc=desc, **{"miniters": 1, **options})
 
 
 class _Lines:

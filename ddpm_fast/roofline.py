@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import DTYPES, dtype_called
 from .benchmarking.environment import device_name
 from .benchmarking.timing import Clock, Run, clock_for
 from .house_rule import full_float32
@@ -66,7 +67,7 @@ class Roofs:
 
 def roofs(
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     refresh: bool = False,  # measure again, and keep the higher of each: other processes can only lower a roof
     cache: Path | None = None,  # default: `cache_file`
     clock: Clock | None = None,
@@ -76,7 +77,8 @@ def roofs(
 
     RuntimeError for a dtype that the device cannot multiply.
     """
-    device, cache = torch.device(device), cache_file() if cache is None else cache
+    device, dtype = torch.device(device), dtype_called(dtype, (*DTYPES.values(), torch.float64))
+    cache = cache_file() if cache is None else cache
     key = _key(device, dtype)
     known = _read(cache)
     if not refresh and key in known:

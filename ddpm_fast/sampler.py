@@ -11,22 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_device, check_noise, number, shape_of_images, whole_labels, whole_number
+from .arguments import (
+    DTYPES,
+    batch_size_of,
+    check_device,
+    check_noise,
+    dtype_called,
+    dtype_name,
+    number,
+    shape_of_images,
+    whole_labels,
+    whole_number,
+)
 from .classes import labels_needed, null_class
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
 from .engine.call import Call, Shown, check_numbers, padded, strides
-from .engine.choose_ops import choose_ops
+from .engine.choose_ops import choose_ops, expect_device
+from .engine.defaults import device_of, image_shape_of, numbered
 from .engine.nonfinite import FirstFaults, Unchanged, finite_images, repair
 from .engine.prepared import prepare
+from .engine.turns import Turns
 from .graphs import why_no_graph
 from .noise import NoiseSource
 from .ops import Ops
+from .pixels import to_uint8
 from .progress import progress_bar
 from .schedule import Schedule
 from .step_table import StepTable, step_table
 from .unet import UNet
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["DTYPES", "GRAPHS", "Sampler", "to_uint8"]
 GRAPHS = ("auto", "none", "step", "chunk", "loop")
 CACHED_PROGRAMS = 3  # batch shapes whose buffers and graphs are kept
 
@@ -34,25 +48,34 @@ CACHED_PROGRAMS = 3  # batch shapes whose buffers and graphs are kept
 class Sampler:
     """Draws images from a model by a fixed chain of steps.
 
-    model: a `UNet`, or any callable f(x, t[, labels]) -> out with x [N, C, H, W] and t [N] (then give
-    image_shape); out may be a tuple that starts with the output, or have it as ``.sample``. One whose
-    ``self_condition`` is true is called f(x, t, x0), x0 as predicted at the step before.
-    schedule: the `Schedule` it was trained with.
-    batch_size: images drawn together; "auto" is as many as fit on a GPU, and what is fast on a CPU
-    (`batching.choose`). Where memory ends, it is halved.
-    steps: how many timesteps (by the schedule's spacing); which ones, descending; or text, OpenAI's rule ("250",
-    "10,15,20", "ddim50"); None is all of them. method: "ddpm" (Ho et al. 2020, Algorithm 2) or "ddim" (Song et al.
-    2021) with its eta; None: the schedule's, with its own eta and steps (DDPM and all, but for a DDIMScheduler's).
-    time_scale: the model is given time_scale * t; None: the schedule's.
-    guidance_scale: classifier-free guidance for a `UNet` trained with label dropout, whose last class stands for none.
-    dtype: of the network; x_t itself stays float32. noise: "philox", a function of (seed, id, step); or "torch",
-    a torch.Generator seeded by ``seed``, or a generator or list of them: then the stream is that of diffusers'
-    DDPMPipeline. ops: "auto" (fused kernels on a GPU with Triton; on a CPU "winograd" where a batch is long enough to
-    pay for compiling, else "cpu"; elsewhere "reference": `ops_reason` says why), "reference", "cpu", "winograd",
-    "triton", or an `Ops` value. graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
-    image_shape: (C, H, W) in pixels; default the model's own.
+    Any thread may call `sample`; calls on one Sampler take turns. A Sampler can be copied and pickled: the copy has its
+    weights and settings, makes its programs anew and draws the same images.
 
-    Raises ValueError for what does not fit together.
+    Args:
+        model: a `UNet`, or any callable f(x, t[, labels]) -> out with x [N, C, H, W] and t [N] (then give image_shape);
+            out may be a tuple that starts with the output, or have it as ``.sample``. One whose ``self_condition`` is
+            true is called f(x, t, x0), x0 as predicted at the step before.
+        schedule: the `Schedule` it was trained with.
+        batch_size: images drawn together; "auto" is as many as fit on a GPU, and what is fast on a CPU
+            (`batching.choose`). Where memory ends, it is halved.
+        steps: how many timesteps (by the schedule's spacing); which ones, descending; or text, OpenAI's rule ("250",
+            "10,15,20", "ddim50"); None is all of them.
+        method: "ddpm" (Ho et al. 2020, Algorithm 2) or "ddim" (Song et al. 2021) with its eta; None: the schedule's,
+            with its own eta and steps (DDPM and all, but for a DDIMScheduler's).
+        dtype: of the network, as a torch.dtype or by its name; x_t itself stays float32.
+        ops: "reference", "cpu", "winograd", "triton", an `Ops` value, or "auto": fused kernels on a GPU where Triton
+            works; on a CPU "winograd" where a batch is long enough to pay for compiling and can be compiled, else
+            "cpu"; elsewhere "reference". `ops_reason` says why.
+        graph: "auto", "none", "step", "chunk" or "loop"; all but none need a GPU.
+        noise: "philox", a function of (seed, id, step); or "torch", a torch.Generator seeded by ``seed``, or a
+            generator or list of them: then the stream is that of diffusers' DDPMPipeline.
+        image_shape: (C, H, W) in pixels; default the model's own.
+        guidance_scale: classifier-free guidance for a `UNet` trained with label dropout, whose last class is "none".
+        time_scale: the model is given time_scale * t; None: the schedule's.
+
+    Raises:
+        ValueError: for what does not fit together.
+        RuntimeError: where the named ops cannot run here.
     """
 
     def __init__(
@@ -63,7 +86,7 @@ class Sampler:
         steps: int | str | Sequence[int] | None = None,
         method: str | None = None,
         eta: float | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
         ops: str | Ops = "auto",
         graph: str = "auto",
@@ -77,31 +100,24 @@ class Sampler:
                 f"Sampler needs a model that can be called and a Schedule; got {type(model).__name__} and "
                 f"{type(schedule).__name__} (of a diffusers scheduler: Schedule.from_dict(scheduler.config))"
             )
-        if batch_size != "auto":
-            batch_size = _batch_size(batch_size)
-        if dtype not in DTYPES.values():
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
+        batch_size, dtype = batch_size_of(batch_size), dtype_called(dtype)
         if graph not in GRAPHS:
             raise ValueError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}")
-        check_noise(noise)
-        if batch_size == "auto" and (noise == "torch" or isinstance(noise, torch.Generator)):
-            raise ValueError(
-                "batch_size='auto' needs noise that does not depend on the batch; got one torch generator for all "
-                "images; use noise='philox', a list of one generator an image, or a number"
-            )
+        self._automatic = batch_size == "auto"
         self.schedule, self.dtype, self.noise = schedule, dtype, noise
         self.table: StepTable = step_table(schedule, steps, method, eta, time_scale)
-        self.device = _numbered(check_device(torch.device(device)) if device is not None else _device_of(model))
+        self.method = schedule.method if method is None else method
+        self.device = numbered(check_device(torch.device(device)) if device is not None else device_of(model))
         if graph not in ("auto", "none") and (why_not := why_no_graph(self.device)):
             raise ValueError(f"graph={graph!r} cannot be had: {why_not}; use graph='auto'")
         self.graph = graph
         self.guidance_scale = None if guidance_scale is None else number("guidance_scale", guidance_scale)
-        self.image_shape = shape_of_images(_image_shape(model) if image_shape is None else image_shape)
+        self.image_shape = shape_of_images(image_shape_of(model) if image_shape is None else image_shape)
         batch = batch_size if isinstance(batch_size, int) else None
         self.ops, self.ops_reason = choose_ops(ops, self.device, model, dtype, self.image_shape, batch, len(self.table))
         if isinstance(model, UNet):  # now, not when a set of images has been begun
             model.check_input(torch.empty(1, *self.image_shape, device="meta"))
-        _expect_device(self.ops, self.device)
+        expect_device(self.ops, self.device)
         if guidance_scale is not None and not (isinstance(model, UNet) and model.config.num_class_embeds):
             raise ValueError("guidance_scale needs a UNet with classes (num_class_embeds); this model has none")
         self.label_names: Sequence[str] | None = getattr(model, "label_names", None)
@@ -111,9 +127,42 @@ class Sampler:
         self._original = Unchanged(model) if self._copied and dtype != torch.float32 else None
         self.batch_size: int = batch_size if isinstance(batch_size, int) else self._chosen_batch()
         # Where an image's bits do not depend on its batch, batches of one call are about equal: no padding is drawn.
-        self._even = batch_size == "auto" and self.ops.initial_noise is not None
+        self._even = self._automatic and self.ops.initial_noise is not None
         self._limit = batching.Limit()
         self._programs: OrderedDict[tuple[int, bool], tuple[Program, Runner]] = OrderedDict()
+        self._turns = Turns("Sampler", self.device)
+
+    @property
+    def noise(self) -> str | torch.Generator | Sequence[torch.Generator]:
+        """Where noise comes from. What is set here holds from the next call on, for all threads."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, noise: str | torch.Generator | Sequence[torch.Generator]) -> None:
+        check_noise(noise, self._automatic)
+        self._noise = noise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but programs and their graphs, which are made anew at the next call."""
+        return {**self.__dict__, "_programs": OrderedDict()}
+
+    def __repr__(self) -> str:
+        model, noise = self.model, self.noise
+        facts = {
+            "model": "UNet" if isinstance(model, UNet) else getattr(model, "__name__", type(model).__name__),
+            "images": " x ".join(map(str, self.image_shape)),
+            "steps": f"{len(self.table)} of {self.schedule.num_train_timesteps}",
+            "method": self.method,
+            "batch_size": self.batch_size,
+            "dtype": dtype_name(self.dtype),
+            "device": self.device,
+            "ops": f"{self.ops.name} ({self.ops_reason})",
+            "graph": self.graph if self.device.type == "cuda" else "none",
+            "noise": noise if isinstance(noise, str) else "by generator",
+        }
+        if self.guidance_scale is not None:
+            facts["guidance_scale"] = f"{self.guidance_scale:g}"
+        return "Sampler(\n" + "".join(f"  {name}: {value}\n" for name, value in facts.items()) + ")"
 
     def _prepared(self, model: Any, dtype: torch.dtype) -> Any:
         with torch.autocast(self.device.type, enabled=False):
@@ -205,17 +254,26 @@ class Sampler:
         interval = whole_number("interval", interval)
         if interval < 1:
             raise ValueError(f"interval must be 1 or more; got {interval}")
-        all_labels = self.checked_labels(labels, n)
+        watched = interval if progress or callback is not None else len(self.table)
+        with self._turns.taken():
+            call = self._call(n, seed, self.checked_labels(labels, n), first_id)
+            result, finite = self._drawn(call, progress, callback, watched)
+            if check_finite and not finite.all():  # waits for the device, once
+                rows, times = (~finite).nonzero().flatten().tolist(), self.table.timesteps
+                repair(call, rows, result, self.dtype, times, self._draw_watched, self._in_float32)
+        return result
+
+    def _call(self, n: int, seed: int, labels: Tensor | None, first_id: int) -> Call:
         generators = self.noise if not isinstance(self.noise, str) else None
         if isinstance(generators, Sequence) and len(generators) not in (1, n):
             raise ValueError(f"a list of generators needs one an image; got {len(generators)} for n={n}")
         if self.noise == "torch":
             generators = torch.Generator(self.device).manual_seed(seed % 2**64)
-        call = Call(
+        return Call(
             n=n,
             seed=seed,
             first_id=first_id,
-            labels=all_labels,
+            labels=labels,
             generators=generators,
             in_step=self.ops.initial_noise is not None or self.device.type != "cpu",
             image_shape=self.image_shape,
@@ -224,10 +282,14 @@ class Sampler:
             device=self.device,
             unit=self._at_once(n),
         )
+
+    def _drawn(
+        self, call: Call, progress: bool, callback: Callable[[int, Tensor], None] | None, interval: int
+    ) -> tuple[Tensor, Tensor]:  # [n, C, H, W] float32; [n] bool, which of them are finite
+        n = call.n
         with torch.inference_mode(False):  # an ordinary tensor, which may be changed in place and trained on
             result = torch.empty(n, *self.image_shape, dtype=torch.float32, device=self.device)
         finite = torch.ones(n, dtype=torch.bool, device=self.device)
-        watched = interval if progress or callback is not None else len(self.table)
         units = call.units()
         images = f"{n} image{'s' * (n != 1)}"
         with progress_bar(progress, len(units) * len(self.table), "step", images) as bar:
@@ -237,15 +299,12 @@ class Sampler:
                 def draw(rows: Sequence[int], unit: range = unit) -> None:
                     assert isinstance(rows, range)
                     with shown.batch(first=rows.start == unit.start):
-                        x = self._draw(call, unit, rows, shown.look, watched)
+                        x = self._draw(call, unit, rows, shown.look, interval)
                     result[rows.start : rows.stop] = x
                     finite[rows.start : rows.stop] = finite_images(x)
 
                 self._in_parts(call, unit, draw)
-        if check_finite and not finite.all():  # waits for the device, once
-            rows, times = (~finite).nonzero().flatten().tolist(), self.table.timesteps
-            repair(call, rows, result, self.dtype, times, self._draw_watched, self._in_float32)
-        return result
+        return result, finite
 
     def _at_once(self, n: int) -> int:
         """Images of a batch, of n in all."""
@@ -343,56 +402,3 @@ class Sampler:
         # Noise from the host comes step by step, so a graph of several steps would never run.
         stepwise = program.noise is not None and self.graph in ("chunk", "loop")
         return graphs.runner(program, "step" if stepwise else self.graph)
-
-
-def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
-    """Images [n, C, H, W] in [-1, 1] -> [n, H, W, C] uint8, rounded half to even as diffusers and Pillow do.
-
-    truncate: as OpenAI's and Ho et al.'s scripts instead, (x + 1) * 127.5 without its fraction.
-    """
-    if truncate:
-        return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _batch_size(value: object) -> int:
-    try:
-        size = whole_number("batch_size", value)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"batch_size must be a positive integer or 'auto'; got {value!r}")
-    return size
-
-
-def _device_of(model: object) -> torch.device:
-    parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return torch.device("cpu") if first is None else first.device
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """The GPU that "cuda" means now; another one may be the current one when a sampler draws."""
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _expect_device(ops: Ops, device: torch.device) -> None:
-    """The kernels' own complaint about a device that they cannot run on."""
-    if ops.name == "triton":
-        from .kernels import conv_kernel, launch
-
-        launch.require(conv_kernel.conv_kernel, torch.empty(0, device=device))
-
-
-def _image_shape(model: object) -> tuple[int, int, int]:
-    if isinstance(model, UNet) and model.config.image_size is not None:
-        return (model.config.in_channels, *model.config.image_size)
-    shape = getattr(model, "image_shape", None)
-    if shape is not None:
-        return shape
-    raise ValueError(
-        "image_shape=(C, H, W) is needed: the model does not state its image size (on the command line, "
-        "--set image_size=N or, for a diffusers model, sample_size=N)"
-    )

@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 def verify(
     checkpoint: Checkpoint,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     ops: str | Ops = "auto",
     device: torch.device | str = "cpu",
     n: int = 4,  # images
@@ -130,7 +130,7 @@ def verify(
     return Report(
         source=checkpoint.source,
         ops=sampler.ops.name,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(sampler.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         n=n,
         steps=len(sampler.table),

@@ -100,6 +100,14 @@ class Weight:
         self._plain: Tensor | None = weight.clone(memory_format=torch.channels_last)
         self._arranged: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as given: an arrangement is oneDNN's own, and for this processor.
+
+        As bytes: torch sends a tensor to another process as an open file, which would be closed with this one.
+        """
+        plain = self.plain().permute(0, 2, 3, 1)  # as it lies
+        return _weight, (plain.reshape(-1).view(torch.uint8).numpy(), tuple(plain.shape), self.dtype)
+
     def tensors(self) -> list[Tensor]:
         """All memory held."""
         return [t for t in (self._plain, *self._arranged.values()) if t is not None]
@@ -141,6 +149,10 @@ class Weight:
         if add is not None:
             return _add(x, add, arranged, bias, stride, padding)
         return _convolve(x, arranged, bias, stride, padding)
+
+
+def _weight(content: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+    return Weight(torch.tensor(content, device="cpu").view(dtype).view(shape).permute(0, 3, 1, 2))
 
 
 class PackedConv:

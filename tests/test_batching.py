@@ -168,7 +168,7 @@ def test_the_bar_and_the_callback_begin_the_batch_again(monkeypatch: pytest.Monk
         def update(self, n: int) -> None:
             self.n += n
 
-    monkeypatch.setattr("ddpm_fast.progress.tqdm", Bar)
+    monkeypatch.setattr("ddpm_fast.progress.Bar", Bar)
     seen: list[tuple[int, int]] = []
     with pytest.warns(RuntimeWarning):
         tight = sampler(Memory(2, at=5), batch_size=4)

@@ -99,7 +99,7 @@ def convert(
     source: str | os.PathLike[str] | Checkpoint | None,
     out: str | os.PathLike[str],
     to: str = "diffusers",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,

@@ -16,7 +16,7 @@ from ..unet import UNet, sinusoid
 from ..whole_files import write_atomically
 from .diffusers import save
 from .express import for_diffusers
-from .family import FLOATS, Checkpoint
+from .family import Checkpoint, stored_dtype
 from .files import CheckpointError
 from .openai import flags_of
 from .openai_layout import GROUPS, Heads, Structure, head_count, to_theirs
@@ -29,7 +29,7 @@ def write(
     checkpoint: Checkpoint,
     out: str | os.PathLike[str],
     to: str = "diffusers",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> list[str]:
     """Writes a loaded checkpoint to the folder (diffusers) or the file (openai) ``out``; see `checkpoints.convert`.
 
@@ -57,12 +57,11 @@ def write(
 # --- OpenAI's ---
 
 
-def write_openai(model: UNet, schedule: Schedule, path: Path, dtype: torch.dtype | None = None) -> list[str]:
+def write_openai(model: UNet, schedule: Schedule, path: Path, dtype: torch.dtype | str | None = None) -> list[str]:
     """A ``.pt`` that improved- or guided-diffusion's ``load_state_dict`` takes. Returns the flags to use there."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; an OpenAI checkpoint is a file, such as {path / 'model.pt'}")
-    if dtype is not None and dtype not in FLOATS:
-        raise CheckpointError(f"weights are stored as one of {', '.join(map(str, FLOATS))}; got {dtype}")
+    dtype = stored_dtype(dtype)
     state = {name: t.detach().to("cpu") for name, t in model.state_dict().items()}
     rescaled = _rescaled(model.config, schedule, state)
     structure, heads = structure_of_config(model.config)

@@ -22,7 +22,7 @@ from ..unet import UNet
 from ..whole_files import write_atomically
 from . import infer
 from .express import for_diffusers
-from .family import FLOATS, Checkpoint, Family, Found, check_names, fit
+from .family import Checkpoint, Family, Found, check_names, fit, stored_dtype
 from .files import CheckpointError, first_line, safetensors_bytes
 from .layout import CONFIG, LABELS, MODEL_INDEX, PIPELINE, SCHEDULER, UNETS, WEIGHTS, check_class
 from .lucidrains_unet import LucidrainsUnet
@@ -207,13 +207,13 @@ def save(
     model: UNet,
     schedule: Schedule,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> None:
     """Writes a folder that ``load`` here and ``diffusers.DDPMPipeline.from_pretrained`` read.
 
-    dtype: of the stored weights, e.g. torch.float16; None keeps the model's. label_names: of the classes, kept in
-    labels.json, which diffusers ignores; one name fewer than classes means that the last class stands for none.
+    dtype: of the stored weights, e.g. torch.float16 or "float16"; None keeps the model's. label_names: of the classes,
+    kept in labels.json, which diffusers ignores; one name fewer than classes means that the last class stands for none.
     A new folder appears whole or not at all. In an existing one each file of the layout is replaced atomically,
     weights first, other weights in its unet/ go, and all other files stay.
 
@@ -237,7 +237,7 @@ def save(
 
 
 def _contents(
-    model: UNet, schedule: Schedule, dtype: torch.dtype | None, label_names: Sequence[str] | None
+    model: UNet, schedule: Schedule, dtype: torch.dtype | str | None, label_names: Sequence[str] | None
 ) -> dict[str, bytes]:
     """The files of the layout, in the order in which they are to be replaced."""
     if isinstance(model, LucidrainsUnet):
@@ -250,8 +250,7 @@ def _contents(
     model, schedule, changes = for_diffusers(model, schedule)
     for change in changes:
         warnings.warn(change, stacklevel=3)
-    if dtype is not None and dtype not in FLOATS:
-        raise CheckpointError(f"weights are stored as one of {', '.join(map(str, FLOATS))}; got {dtype}")
+    dtype = stored_dtype(dtype)
     classes = model.config.num_class_embeds or 0
     if label_names is not None and not (all(isinstance(n, str) for n in label_names) and len(label_names) <= classes):
         raise CheckpointError(f"label_names must be at most {classes} strings, one a class; got {label_names!r}")

@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import dtype_called
 from ..schedule import Schedule
 from .files import CheckpointError, listing
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def stored_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype to store weights in, as given or by its name; None for None. CheckpointError for any other."""
+    try:
+        return None if dtype is None else dtype_called(dtype, FLOATS)
+    except ValueError as error:
+        raise CheckpointError(f"the weights' {error}") from None
 
 
 @dataclass(frozen=True)

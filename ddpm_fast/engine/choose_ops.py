@@ -101,3 +101,11 @@ def _obstacle(dtype: torch.dtype) -> str | None:
     except RuntimeError:
         return "there is no C++ compiler (c++, g++ or clang++)"
     return None
+
+
+def expect_device(ops: Ops, device: torch.device) -> None:
+    """Raises the kernels' own complaint about a device that they cannot run on."""
+    if ops.name == "triton":
+        from ..kernels import conv_kernel, launch
+
+        launch.require(conv_kernel.conv_kernel, torch.empty(0, device=device))

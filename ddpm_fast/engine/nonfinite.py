@@ -85,11 +85,28 @@ class Unchanged:
 
     def __init__(self, model: object):
         self.model = model
-        self._versions = self._now()
+        self._versions: list[tuple[int, int]] | None = self._now()
 
     def __bool__(self) -> bool:
-        return self._versions == self._now()
+        return self._versions is not None and self._versions == self._now()
+
+    def __copy__(self) -> Unchanged:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Unchanged:
+        """The same model is watched: a copy of a sampler needs no second one."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The model goes along where it is still what it was."""
+        return (Unchanged, (self.model,)) if self else (_changed, ())
 
     def _now(self) -> list[tuple[int, int]]:
         parameters: Any = getattr(self.model, "parameters", list)()
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+
+
+def _changed() -> Unchanged:
+    made = Unchanged(None)
+    made._versions = None
+    return made

@@ -63,6 +63,25 @@ class Ops:
     # Why a call (operation, its arguments by name) runs on the reference operation instead; None: it does not.
     falls_back: Callable[[str, Mapping[str, Any]], str | None] = lambda operation, arguments: None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """One of the sets below is pickled by its name, since functions made inside another one cannot be."""
+        recipe = self.__dict__.get("_recipe")  # no field, so that `dataclasses.replace` does not take it along
+        return object.__reduce_ex__(self, protocol) if recipe is None else (_made, recipe)
+
+    def __deepcopy__(self, memo: object) -> Ops:
+        return self
+
+
+def _named(ops: Ops, **options: Any) -> Ops:
+    """The set as what the function of its name makes with these options."""
+    object.__setattr__(ops, "_recipe", (ops.name, options))
+    return ops
+
+
+def _made(name: str, options: Mapping[str, Any]) -> Ops:
+    makers: dict[str, Callable[..., Ops]] = {"reference": reference, "cpu": cpu, "triton": triton, "winograd": winograd}
+    return makers[name](**options)
+
 
 def _plain_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype, memory_format=torch.channels_last, copy=True)
@@ -76,15 +95,17 @@ def _upsample_conv(*args: Any, with_stats: bool = False, **kwargs: Any) -> Featu
     return _reference.upsample_conv(*args, **kwargs)
 
 
-_REFERENCE = Ops(
-    name="reference",
-    norm_act=_reference.norm_act,
-    conv=_conv,
-    upsample_conv=_upsample_conv,
-    upsample=_reference.upsample,
-    downsample=_reference.downsample,
-    attention=_reference.attention,
-    sampler_step=_reference.sampler_step,
+_REFERENCE = _named(
+    Ops(
+        name="reference",
+        norm_act=_reference.norm_act,
+        conv=_conv,
+        upsample_conv=_upsample_conv,
+        upsample=_reference.upsample,
+        downsample=_reference.downsample,
+        attention=_reference.attention,
+        sampler_step=_reference.sampler_step,
+    )
 )
 
 
@@ -105,7 +126,7 @@ def cpu(keep_memory: bool = True) -> Ops:
     """
     from . import cpu_set
 
-    return cpu_set.build(keep_memory)
+    return _named(cpu_set.build(keep_memory), keep_memory=keep_memory)
 
 
 def triton(pdl: bool = False) -> Ops:
@@ -122,7 +143,7 @@ def triton(pdl: bool = False) -> Ops:
     """
     from . import triton_set
 
-    return triton_set.build(pdl=pdl)
+    return _named(triton_set.build(pdl=pdl), pdl=pdl)
 
 
 def winograd(keep_memory: bool = True) -> Ops:
@@ -133,4 +154,4 @@ def winograd(keep_memory: bool = True) -> Ops:
     """
     from . import winograd_set
 
-    return winograd_set.build(keep_memory)
+    return _named(winograd_set.build(keep_memory), keep_memory=keep_memory)

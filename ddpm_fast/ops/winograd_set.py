@@ -78,6 +78,10 @@ class PackedWinograd:
         self._direct: PackedConv | None = None
         self._products: dict[Scheme, Products] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as they came; what was made of them is made again."""
+        return PackedWinograd, (self._exact, self.dtype, self.phases == 4)
+
     def direct(self) -> PackedConv:
         if self._direct is None:
             self._direct = onednn.pack_conv(self._exact, dtype=self.dtype)

@@ -196,7 +196,7 @@ def profile(
     *,
     batch_size: int = 4,
     steps: int | None = None,  # timed, of the whole chain; None: STEPS, or all where there are fewer
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str | None = None,
     ops: Any = "auto",  # as `Sampler` takes it
     graph: str = "auto",  # of the run that a GPU is watched in; operations are timed eagerly
@@ -211,7 +211,7 @@ def profile(
     sampler = Sampler(
         model, schedule, batch_size, dtype=dtype, device=device, ops=ops, graph=graph, image_shape=image_shape
     )
-    chain, where = len(sampler.table), sampler.device
+    chain, where, dtype = len(sampler.table), sampler.device, sampler.dtype
     steps = min(STEPS, chain) if steps is None else steps
     if not 1 <= steps <= chain:
         raise ValueError(f"steps must be in 1..{chain}, the steps of the chain; got {steps}")

@@ -25,7 +25,7 @@ from .arguments import (
 )
 from .classes import labels_needed, null_class
 from .engine import CallableProgram, EagerRunner, Program, Runner, StepProgram, batching
-from .engine.call import Call, Shown, check_numbers, padded, strides
+from .engine.call import Call, Shown, check_numbers, looked_at, padded, strides
 from .engine.choose_ops import choose_ops, expect_device
 from .engine.defaults import device_of, image_shape_of, numbered
 from .engine.nonfinite import FirstFaults, Unchanged, finite_images, repair
@@ -248,12 +248,8 @@ class Sampler:
         """
         n, seed, first_id = (whole_number(*given) for given in (("n", n), ("seed", seed), ("first_id", first_id)))
         check_numbers(n, first_id, seed)
-        if interval is None:
-            each_step = callback is not None or self.device.type == "cpu"
-            interval = 1 if each_step else max(1, len(self.table) // 50)
-        interval = whole_number("interval", interval)
-        if interval < 1:
-            raise ValueError(f"interval must be 1 or more; got {interval}")
+        each_step = callback is not None or self.device.type == "cpu"
+        interval = looked_at(interval, len(self.table), each_step)
         watched = interval if progress or callback is not None else len(self.table)
         with self._turns.taken():
             call = self._call(n, seed, self.checked_labels(labels, n), first_id)

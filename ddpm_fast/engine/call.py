@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_seed
+from ..arguments import check_seed, whole_number
 from ..noise import NoiseSource, Philox, TorchNoise
 
 
@@ -22,6 +22,19 @@ def check_numbers(n: int, first_id: int, seed: int) -> None:
     check_seed(seed)
     if not -(2**63) <= first_id <= 2**63 - n:
         raise ValueError(f"ids first_id .. first_id + n - 1 must fit in 64 bits; got first_id={first_id} and n={n}")
+
+
+def looked_at(interval: int | None, steps: int, each: bool) -> int:
+    """The steps between two looks at a batch: those asked for, or each one, or a fiftieth of them all.
+
+    Raises ValueError for what is no whole number of 1 or more.
+    """
+    if interval is None:
+        return 1 if each else max(1, steps // 50)
+    interval = whole_number("interval", interval)
+    if interval < 1:
+        raise ValueError(f"interval must be 1 or more; got {interval}")
+    return interval
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -13,12 +14,10 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from processes import interruptible
-
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
     *("pytest", "numpy", "torch", "torch.distributed", "torch._dynamo", "safetensors.torch", "PIL.Image", "tqdm.auto"),
-    *("ddpm_fast.cli.commands", "ddpm_fast.store.workers", "ddpm_fast.store.export", "ddpm_fast.checkpoints"),
+    *("ddpm_fast.cli.commands", "ddpm_fast.store.pictures", "ddpm_fast.store.export", "ddpm_fast.checkpoints"),
 ]
 
 
@@ -29,7 +28,10 @@ def _command(words: Sequence[str], environment: dict[str, str], log: str) -> Non
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
-    interruptible()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what an interpreter sets that starts in a terminal
+    for name in ("SIGTERM", "SIGHUP"):
+        ignored = name in environment.get("IGNORED", "")
+        signal.signal(getattr(signal, name), signal.SIG_IGN if ignored else signal.SIG_DFL)
     sys.argv = ["ddpm-fast", *words]
     import torch
 

@@ -18,7 +18,7 @@ from ddpm_fast.store.claims import Claims
 
 def claim_of(folder: Path, name: str, **owner: Any) -> Path:
     """A claim as some other process wrote it."""
-    values = {"token": "other", "host": store_claims._host(), "pid": os.getppid(), "started": None, **owner}
+    values = {"token": "other", "host": store_claims.host(), "pid": os.getppid(), "started": None, **owner}
     path = folder / f"{name}.claim"
     path.write_text(json.dumps(values))
     return path

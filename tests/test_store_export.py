@@ -60,7 +60,7 @@ def test_webdataset_tar(whole: SampleStore, tmp_path: Path):
 def test_folder(whole: SampleStore, tmp_path: Path):
     export(whole, tmp_path / "pngs")
     found = files(tmp_path / "pngs")
-    assert set(found) == {f"{i:06d}.png" for i in IDS} | ({"labels.csv"} if whole.labelled else set())
+    assert set(found) == {f"{i:06d}.png" for i in IDS} | {"set.json"} | ({"labels.csv"} if whole.labelled else set())
     for i, image in zip(IDS, pixels(whole)):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(found[f"{i:06d}.png"]))), image)
     if whole.labelled:
@@ -104,7 +104,7 @@ def test_ids_beyond_six_digits_sort(tmp_path: Path):
     store = begin(tmp_path / "set", n=3, first_id=999_999)
     fill(store, StandIn())
     export(store, tmp_path / "pngs")
-    assert sorted(files(tmp_path / "pngs")) == ["0999999.png", "1000000.png", "1000001.png"]
+    assert sorted(files(tmp_path / "pngs")) == ["0999999.png", "1000000.png", "1000001.png", "set.json"]
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path: Path):

@@ -34,7 +34,7 @@ class Claims:
     def __init__(self, folder: Path, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S):
         self.folder, self.heartbeat_s, self.stale_s = folder, heartbeat_s, stale_s
         self.token = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._me = {"token": self.token, "host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self._me = {"token": self.token, "host": host(), "pid": os.getpid(), "started": _started(os.getpid())}
         self._held: set[str] = set()
         self._seen: dict[str, tuple[Any, float]] = {}  # others' claims: how they looked, since when (monotonic)
         self._stop = threading.Event()
@@ -131,7 +131,7 @@ class Claims:
                     os.utime(self._path(name))
 
 
-def _host() -> str:
+def host() -> str:
     """Where a process id means something: host, boot, and namespace of process ids (containers share host names)."""
     parts = [socket.gethostname()]
     with suppress(OSError):
@@ -158,10 +158,10 @@ def _at_work_here(owner: dict[str, Any]) -> bool:
     """Whether an owner on this machine may still be at work."""
     if owner.get("pid") == os.getpid():
         return owner.get("token") in _at_work
-    return _alive(owner.get("pid", 0), owner.get("started"))
+    return alive(owner.get("pid", 0), owner.get("started"))
 
 
-def _alive(pid: int, started: str | None) -> bool:
+def alive(pid: int, started: str | None) -> bool:
     """Whether a process of this machine still runs; True where that cannot be told."""
     if not Path("/proc/self/stat").exists():
         return True

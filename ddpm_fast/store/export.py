@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -12,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..images import picture
 from ..progress import progress_bar
-from ..whole_files import make_folder, sync_folder, whole_file
+from ..whole_files import check_file, whole_file
+from .pictures import PictureFolder, png
 from .samples import SampleStore, StoreError, npy_header
-
-LABEL_LIST = "labels.csv"
 
 
 def export(store: SampleStore, out: Path, progress: bool = False) -> int:
@@ -33,6 +30,8 @@ def export(store: SampleStore, out: Path, progress: bool = False) -> int:
     suffix = out.suffix.lower()
     if suffix not in ("", ".npz", ".tar") and not out.is_dir():
         raise ValueError(f"export writes an .npz, a .tar or a folder of PNGs; got {out}")
+    if suffix in (".npz", ".tar"):
+        check_file(out)
     missing = len(store) - len(store.finished())
     if missing:
         raise StoreError(
@@ -73,24 +72,19 @@ def _npz(store: SampleStore, out: Path, bar: Any) -> None:
 def _tar(store: SampleStore, out: Path, bar: Any) -> None:
     with whole_file(out) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
         for name, image, label in _pictures(store, bar):
-            _member(archive, f"{name}.png", _png(image))
+            _member(archive, f"{name}.png", png(image))
             if label is not None:
                 _member(archive, f"{name}.cls", str(label).encode())
 
 
 def _folder(store: SampleStore, out: Path, bar: Any) -> None:
     """Each PNG is whole or not there; what a killed export lacks, the next one writes."""
-    make_folder(out)
-    lines = ["file,label\n"]
-    temporary = out / ".png.tmp"
-    for name, image, label in _pictures(store, bar):
-        temporary.write_bytes(_png(image))
-        os.replace(temporary, out / f"{name}.png")
-        lines.append(f"{name}.png,{label}\n")
-    if store.labelled:
-        with whole_file(out / LABEL_LIST) as file:
-            file.writelines(line.encode() for line in lines)
-    sync_folder(out)
+    folder, _ = PictureFolder.begin(out, store.manifest)
+    for shard in range(len(store)):
+        images, _ = store.load(shard)
+        folder.write(store.ids(shard), images)
+        bar.update(len(images))
+    folder.finish()
 
 
 def _pictures(store: SampleStore, bar: Any) -> Iterator[tuple[str, np.ndarray, int | None]]:
@@ -101,12 +95,6 @@ def _pictures(store: SampleStore, bar: Any) -> Iterator[tuple[str, np.ndarray, i
         for row, sample_id in enumerate(store.ids(shard)):
             yield f"{sample_id:0{digits}d}", images[row], None if labels is None else int(labels[row])
         bar.update(len(images))
-
-
-def _png(image: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    picture(image).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _member(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -147,8 +147,8 @@ def _check_labels(labels: Mapping[str, Any]) -> None:
     rule, classes = labels.get("rule"), labels.get("classes")
     if rule == "all" or classes is not None:
         _whole(labels, "classes", 1, 2**31, "labels.")
-    if rule != "all" and not _is_whole(rule, 0, classes or 2**63):
-        raise ValueError(f'labels.rule must be "all" or a class of {classes}; got {_short(rule)}')
+    if rule != "all" and not _is_whole(rule, 0, 2**31):
+        raise ValueError(f'labels.rule must be "all" or the number of a class; got {_short(rule)}')
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

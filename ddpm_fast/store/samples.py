@@ -19,8 +19,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class OtherSet(StoreError):
 
 class SampleStore:
     """The set in a folder. Made by `open`, to read it, or `begin`, to draw it."""
+
+    MARK = MANIFEST
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
         check_manifest(manifest)
@@ -227,27 +229,15 @@ class SampleStore:
         if self.whole():
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
 
-    @contextmanager
-    def disk(self) -> Iterator[None]:
+    def disk(self) -> AbstractContextManager[None]:
         """A failure of the disk as one line: what happened, what is kept, and how to go on."""
-        try:
-            yield
-        except OSError as error:
-            place = self.folder
-            if error.errno is None:  # one of ours, which says what to do
-                raise
-            if error.errno in _FULL:
-                what = f"no space is left for {place}; make room"
-            elif error.errno in _FORBIDDEN:
-                what = f"{place} cannot be written to ({error.strerror})"
-            elif not os.path.exists(place / MANIFEST):
-                what = f"{place} is gone or does not answer ({error.strerror}); is its disk mounted?"
-            else:
-                what = f"{place} cannot be used: {error}"
-            kept = (
-                f"{len(self._known)} of {len(self)} shards are finished and kept; the same command goes on from there"
-            )
-            raise StoreError(f"{what}; {kept}") from error
+        return disk(self.folder, MANIFEST, lambda: f"{len(self._known)} of {len(self)} shards are finished and kept")
+
+    def remove(self) -> None:
+        """Remove the set. A kill meanwhile leaves a set with fewer shards."""
+        for name in (CHECKSUMS, IMAGES, LABELS, UNFINISHED):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _create(self) -> None:
         """Write the manifest, unless another process was first."""
@@ -311,6 +301,28 @@ class SampleStore:
             with suppress(OSError):
                 os.utime(self._path(CHECKSUMS, shard))  # compared: not again at the next start
         return True
+
+
+@contextmanager
+def disk(place: Path, mark: str, kept: Callable[[], str]) -> Iterator[None]:
+    """A failure of the disk as a StoreError of one line: what happened, what is kept, and how to go on.
+
+    place: the folder that is used. mark: a file that it holds as long as it is there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # one of ours, which says what to do
+            raise
+        if error.errno in _FULL:
+            what = f"no space is left for {place}; make room"
+        elif error.errno in _FORBIDDEN:
+            what = f"{place} cannot be written to ({error.strerror})"
+        elif not os.path.exists(place / mark):
+            what = f"{place} is gone or does not answer ({error.strerror}); is its disk mounted?"
+        else:
+            what = f"{place} cannot be used: {error}"
+        raise StoreError(f"{what}; {kept()}; the same command goes on from there") from error
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

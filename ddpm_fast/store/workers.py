@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .manifest import label_of
 from .samples import UNFINISHED, SampleStore, StoreError
 
 HELD_BYTES = 256 << 20  # of float32 images drawn by one call of the sampler
+Look = Callable[[int, torch.Tensor], None]  # a sampler's callback: steps done, the batch as it stands
 POLL_S = 1.0  # between looks at what others draw, where nothing is left to take
 REFRESH_S = 2.0  # between listings for the progress bar
 
@@ -33,13 +35,30 @@ def fill(
     world: World | None = None,
     progress: bool = False,
     *,
+    title: str | None = None,
+    look: Look | None = None,
     heartbeat_s: float = HEARTBEAT_S,
     stale_s: float = STALE_S,
 ) -> int:
-    """Draw shards of ``store`` until the set is whole, beside any other worker; how many this one drew.
+    """Draw shards of ``store`` until the set is whole, beside any other worker.
 
     It ends when the last shard is finished, whoever drew it: a shard whose worker died meanwhile is taken over.
-    Raises StoreError where the folder cannot be used.
+
+    Args:
+        store: the set, of which ``sampler`` draws.
+        sampler: draws the images.
+        world: this worker among those that were started with it.
+        progress: whether a bar shows.
+        title: what the bar is called. Default: the folder.
+        look: a callback of the sampler for the first batch of the set, if this worker draws it.
+        heartbeat_s: how often a claim is renewed.
+        stale_s: after how long an owner that is not heard of counts as dead.
+
+    Returns:
+        How many shards this worker drew.
+
+    Raises:
+        StoreError: the folder cannot be used.
     """
     drawn = 0
     if store.whole():
@@ -47,11 +66,11 @@ def fill(
         return drawn
     with store.disk():  # of a set that was whole until damage was found in it
         (store.folder / UNFINISHED).mkdir(exist_ok=True)
-    with Claims(store.folder / UNFINISHED, heartbeat_s, stale_s) as claims, Bar(store, progress) as bar:
+    with Claims(store.folder / UNFINISHED, heartbeat_s, stale_s) as claims, Bar(store, progress, title) as bar:
         start = _start(store, claims, world or World())
         while (shard := _next(store, claims, start, bar)) is not None:
             name = _name(shard)
-            images = draw(store, sampler, shard, bar.part if progress else None)
+            images = draw(store, sampler, shard, bar.part if progress else None, look if shard == 0 else None)
             labels = _labels(store, shard) if store.labelled else None
             try:
                 store.write(shard, images, labels, claims.temporary(name))
@@ -68,13 +87,17 @@ def fill(
 
 
 def draw(
-    store: SampleStore, sampler: Sampler, shard: int, done: Callable[[float], None] | None = None
+    store: SampleStore,
+    sampler: Sampler,
+    shard: int,
+    done: Callable[[float], None] | None = None,  # is told how many images are drawn
+    look: Look | None = None,  # a callback of the sampler for the first batch
 ) -> np.ndarray:  # [count, H, W, C] uint8
-    """The images of a shard. It holds a bounded number of them as float32, in whole batches. done(images drawn)."""
+    """The images of a shard. It holds a bounded number of them as float32, in whole batches."""
     ids, options = store.ids(shard), store.manifest
     truncate = options["sampler"]["to_uint8"] == "truncate"
     pixels = np.empty((len(ids), *store.image_shape), np.uint8)
-    batch, steps = sampler.batch_size, len(sampler.table)
+    batch = sampler.batch_size
     at_once = batch * max(1, HELD_BYTES // (4 * batch * int(np.prod(store.image_shape))))
     labels = _labels(store, shard) if store.labelled else None
     for start in range(0, len(ids), at_once):
@@ -84,26 +107,37 @@ def draw(
             options["seed"],
             None if labels is None else torch.from_numpy(labels[start : start + count]),
             ids[start],
-            callback=None if done is None else _part_of(done, start, count, batch, steps),
-            interval=max(1, steps // 20),
+            **watched(sampler, start, count, done, look if start == 0 else None),
         )
         pixels[start : start + count] = to_uint8(x, truncate).cpu().numpy()
     return pixels
 
 
-def _part_of(
-    done: Callable[[float], None], start: int, count: int, batch: int, steps: int
-) -> Callable[[int, torch.Tensor], None]:
-    """A sampler's callback that counts images, a fraction for each step of those in work."""
-    finished = 0
+def watched(
+    sampler: Sampler,
+    start: int,
+    count: int,
+    done: Callable[[float], None] | None,
+    look: Look | None = None,
+) -> dict[str, Any]:
+    """The sampler's ``callback`` and ``interval`` for ``count`` images after ``start`` others.
+
+    done: is told of images, a fraction for each step of those in work. look: a callback that sees each step of the
+    first batch.
+    """
+    steps, finished = len(sampler.table), 0
 
     def callback(step: int, x: torch.Tensor) -> None:
         nonlocal finished
-        done(start + min(count, finished + len(x) * step / steps))
+        if look is not None and not finished:
+            look(step, x)
+        if done is not None:
+            done(start + min(count, finished + len(x) * step / steps))
         if step == steps:
             finished += len(x)
 
-    return callback
+    none = done is None and look is None
+    return {"callback": None if none else callback, "interval": max(1, steps // 20) if look is None else 1}
 
 
 def _labels(store: SampleStore, shard: int) -> np.ndarray:  # [count] int64
@@ -148,7 +182,7 @@ def _next(store: SampleStore, claims: Claims, start: int, bar: Bar) -> int | Non
 class Bar:
     """Images, images a second and time left of a whole set, counted in its folder: so over all its workers."""
 
-    def __init__(self, store: SampleStore, wanted: bool):
+    def __init__(self, store: SampleStore, wanted: bool, title: str | None = None):
         self._store, self._wanted = store, wanted
         self._next_look = 0.0
         self._finished = store.images_in(store.finished()) if wanted else 0
@@ -156,7 +190,7 @@ class Bar:
             wanted,
             store.count,
             "image",
-            str(store.folder),
+            title or str(store.folder),
             initial=self._finished,
             smoothing=0.02,  # several workers' shards come in bursts
         )

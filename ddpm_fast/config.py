@@ -13,7 +13,13 @@ SKIP_DOWN, SKIP_UP = ("SkipDownBlock2D", "AttnSkipDownBlock2D"), ("SkipUpBlock2D
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", *SKIP_DOWN)
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", *SKIP_UP)
 # Fields that upstream does not have. At their defaults they are left out of `to_dict`.
-EXTENSIONS = ("num_attention_heads", "time_proj_channels")
+EXTENSIONS = (
+    "num_attention_heads",
+    "time_proj_channels",
+    "block_scale_factor",
+    "up_attention",
+    "resnet_resample_shortcut",
+)
 SKIP_ATTENTION_GROUPS = 32  # whatever the configuration says
 
 
@@ -47,7 +53,7 @@ class UNetConfig:
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8  # channels a head; None: one head
-    norm_num_groups: int | None = 32  # None: min(C // 4, 32), as Skip blocks always have it
+    norm_num_groups: int | None = 32  # None: min(C // 4, 32), as Skip blocks always have it; upstream: in them alone
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -57,6 +63,10 @@ class UNetConfig:
     num_train_timesteps: int | None = None  # rows of a learned time embedding
     num_attention_heads: int | None = None  # so many at every width, in place of attention_head_dim; not upstream's
     time_proj_channels: int | None = None  # of the sinusoid; None: block_out_channels[0]; not upstream's
+    # The three that follow are Score-SDE's, not upstream's.
+    block_scale_factor: float = 1.0  # divides the sums of every level's residual blocks and attention, Skip blocks' not
+    up_attention: str = "all"  # of an AttnUpBlock2D: after "all" its residual blocks, or after the "last" alone
+    resnet_resample_shortcut: bool = False  # a 1x1 convolution around residual blocks that resample
 
     def __post_init__(self) -> None:
         if isinstance(self.act_fn, str):
@@ -166,7 +176,7 @@ def _check_numbers(c: UNetConfig) -> None:
         value = getattr(c, name)
         if value is not None and (not _is_int(value) or value < 1):
             raise _wrong(name, value, "a positive integer or null")
-    for name in ("mid_block_scale_factor", "norm_eps"):
+    for name in ("mid_block_scale_factor", "norm_eps", "block_scale_factor"):
         value = getattr(c, name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             raise _wrong(name, value, "a positive number")
@@ -174,7 +184,7 @@ def _check_numbers(c: UNetConfig) -> None:
         raise _wrong("dropout", c.dropout, "a number in [0, 1)")
     if not isinstance(c.freq_shift, (int, float)) or isinstance(c.freq_shift, bool):
         raise _wrong("freq_shift", c.freq_shift, "a number")
-    for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+    for name in ("center_input_sample", "flip_sin_to_cos", "add_attention", "resnet_resample_shortcut"):
         if not isinstance(getattr(c, name), bool):
             raise _wrong(name, getattr(c, name), "true or false")
     size = c.sample_size
@@ -193,6 +203,7 @@ def _check_names(c: UNetConfig) -> None:
         "resnet_time_scale_shift": ("default", "scale_shift"),
         "class_embed_type": (None, "timestep", "identity"),
         "downsample_padding": (0, 1),
+        "up_attention": ("all", "last"),
     }
     for name, allowed in choices.items():
         value = getattr(c, name)
@@ -223,9 +234,6 @@ def _check_blocks(c: UNetConfig) -> None:
     for name, used in (("in_channels", any(down)), ("out_channels", any(up[:-1]))):
         if used and getattr(c, name) != 3:
             raise _wrong(name, getattr(c, name), "3 with Skip blocks, whose side path is RGB")
-    ordinary = set(c.down_block_types + c.up_block_types) - {*SKIP_DOWN, *SKIP_UP}
-    if c.norm_num_groups is None and ordinary:
-        raise _wrong("norm_num_groups", None, f"a positive integer with {min(ordinary)}; null is for Skip blocks")
 
 
 def _check_channels(c: UNetConfig) -> None:

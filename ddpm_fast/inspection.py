@@ -26,6 +26,7 @@ from .ops.compiled import compiler
 from .ops.triton_set import falls_back
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
+from .vp_sde import PREDICTORS
 
 EXTRAS = {"eval": "for evaluate", "avatars": "to train on avatars:STYLE", "bench": "for all of bench's providers"}
 
@@ -182,19 +183,27 @@ def _unet_lines(m: dict[str, Any]) -> list[str]:
     odd |= {k: m[k] for k in ("freq_shift", "flip_sin_to_cos", "resnet_time_scale_shift", "time_embedding_type")}
     if m.get("time_proj_channels") is not None:
         odd["time_proj_channels"] = m["time_proj_channels"]
+    if m.get("block_scale_factor", 1) != 1:
+        odd["block_scale_factor"] = f"{m['block_scale_factor']:g}"
+    odd |= {k: m[k] for k in ("up_attention", "resnet_resample_shortcut") if k in m}
     if odd.get("attention_head_dim", 1) is None:
         odd["attention_head_dim"] = "None (one head)"
     return [*lines, "  settings    " + ", ".join(f"{k}={v}" for k, v in odd.items())]
 
 
 def _drawing_lines(s: dict[str, Any], steps: int) -> list[str]:
-    """What of the drawing is not DDPM's over all timesteps, given as they are."""
+    """The method, steps and times, where they are not DDPM's over all timesteps as they are."""
     lines = []
-    if s.get("method", "ddpm") != "ddpm" or steps != s["num_train_timesteps"]:
-        eta = f", eta {s.get('eta', 0):g}" if s.get("method") == "ddim" else ""
-        lines.append(f"  draws       {s.get('method', 'ddpm').upper()} of {steps} steps{eta}, unless asked otherwise")
-    if s.get("time_scale", 1) != 1:
-        lines.append(f"  times       the network is given time_scale={s['time_scale']:g} times the timestep")
+    method = s.get("method", "ddpm")
+    if method != "ddpm" or steps != s["num_train_timesteps"]:
+        eta = f", eta {s.get('eta', 0):g}" if method == "ddim" else ""
+        name = method if method in PREDICTORS else method.upper()
+        lines.append(f"  draws       {name} of {steps} steps{eta}, unless asked otherwise")
+    if s.get("time_scale", 1) != 1 or s.get("time_offset"):
+        plus = f" plus {s['time_offset']:g}" if s.get("time_offset") else ""
+        lines.append(
+            f"  times       the network is given time_scale={s.get('time_scale', 1):g} times the timestep{plus}"
+        )
     return lines
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from .arguments import whole_number
 from .kernels.reference import threshold
 from .respacing import sections, truncated
+from .vp_sde import CONTINUOUS, PREDICTORS, alphas_cumprod, why_not
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")  # upstream's
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")  # upstream's
@@ -31,6 +32,7 @@ TRUNCATED = "truncated"  # lucidrains' rule, `respacing.truncated`
 # Fields that upstream does not have. At their defaults they are left out of `to_dict`.
 EXTENSIONS = (
     "time_scale",
+    "time_offset",
     "timestep_respacing",
     "use_clipped_model_output",
     "method",
@@ -38,7 +40,7 @@ EXTENSIONS = (
     "num_inference_steps",
     "set_alpha_to_one",
 )
-METHODS = ("ddpm", "ddim")
+METHODS = ("ddpm", "ddim", *PREDICTORS)
 # With a terminal SNR of zero, epsilon says nothing of x_0 and the quotient is infinite; a small finite divisor
 # reaches the same clipped x_0 without the NaN of inf - inf.
 LEAST_SIGNAL = 1e-12
@@ -49,8 +51,9 @@ class Schedule:
     """The diffusion process. Field names, meaning and defaults are those of diffusers' ``DDPMScheduler``.
 
     One difference: upstream's fixed_large_log takes the root of a log and gives NaN; here it is what its name
-    intends, the same deviation as fixed_large. The fields from time_scale on are not upstream's: what OpenAI's code
-    bases do is said by the first three of them, what a ``DDIMScheduler`` in its pipeline does by the others.
+    intends, the same deviation as fixed_large. The fields from time_scale on are not upstream's: they say what OpenAI's
+    code bases do, what a ``DDIMScheduler`` does in its pipeline, and what Score-SDE does (time_offset, method).
+    beta_schedule "vp_sde" is not upstream's either: a_t of the VP SDE at t = 1/T, 2/T, ..., 1.
     Raises ValueError: the field, what came, what is allowed.
     """
 
@@ -70,9 +73,10 @@ class Schedule:
     steps_offset: int = 0
     rescale_betas_zero_snr: bool = False
     time_scale: float = 1.0  # the network is given time_scale * t (1000 / T: OpenAI's rescale_timesteps)
+    time_offset: float = 0.0  # plus this much
     timestep_respacing: str = ""  # the chain where no other is asked for, by `respacing.sections`; "": all timesteps
     use_clipped_model_output: bool = False  # DDIM takes the noise from the clipped x_0, not from the network
-    method: str = "ddpm"  # what draws where no method is asked for; "ddim": the file is a DDIMScheduler's
+    method: str = "ddpm"  # the default; "ddim": the file is a DDIMScheduler's; a predictor of `vp_sde`: Score-SDE's
     eta: float = 0.0  # of that DDIM
     num_inference_steps: int | None = None  # of that method, where no steps are asked for; None: all
     set_alpha_to_one: bool = True  # DDIM ends at a_p = 1; false: at a_0
@@ -84,7 +88,7 @@ class Schedule:
             if len(betas) != self.num_train_timesteps or not all(0 < b <= 1 for b in betas):
                 raise _wrong("trained_betas", f"{len(betas)} values", f"{self.num_train_timesteps} numbers in (0, 1]")
         for name, allowed in (
-            ("beta_schedule", BETA_SCHEDULES),
+            ("beta_schedule", (*BETA_SCHEDULES, CONTINUOUS)),
             ("variance_type", VARIANCE_TYPES),
             ("prediction_type", PREDICTION_TYPES),
             ("timestep_spacing", (*SPACINGS, SECTIONS, TRUNCATED)),
@@ -105,6 +109,8 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise _wrong(name, value, "a positive number")
+        if not isinstance(self.time_offset, (int, float)) or not 0 <= self.time_offset < math.inf:
+            raise _wrong("time_offset", self.time_offset, "a number of at least 0")
         if not isinstance(self.eta, (int, float)) or isinstance(self.eta, bool) or not 0 <= self.eta <= 1:
             raise _wrong("eta", self.eta, "a number in [0, 1]")
         if self.eta and self.method != "ddim":
@@ -122,6 +128,8 @@ class Schedule:
             raise _wrong("timestep_respacing", self.timestep_respacing, 'text, like "250" or "ddim50"')
         if self.timestep_respacing:
             sections(self.timestep_respacing, self.num_train_timesteps)
+        if self.method in PREDICTORS and (reason := why_not(self)):
+            raise ValueError(f"Schedule.method={self.method!r} does not fit {reason}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
@@ -167,10 +175,10 @@ class Schedule:
         return float(self.alphas_cumprod[t]), float(self.alphas_cumprod[prev_t]) if prev_t >= 0 else 1.0
 
     def network_time(self, t: int | Tensor) -> int | float | Tensor:
-        """What the network is given for timestep t: t itself, or time_scale * t in float32."""
-        if self.time_scale == 1:
+        """What the network is given for timestep t: t itself, or time_scale * t + time_offset in float32."""
+        if self.time_scale == 1 and not self.time_offset:
             return t
-        return self.time_scale * (t.to(torch.float32) if isinstance(t, Tensor) else t)
+        return self.time_scale * (t.to(torch.float32) if isinstance(t, Tensor) else t) + self.time_offset
 
     # --- the forward process ---
 
@@ -324,6 +332,9 @@ def _betas(s: Schedule) -> Tensor:
         return torch.linspace(s.beta_start, s.beta_end, total, **kind)
     if s.beta_schedule == "scaled_linear":
         return torch.linspace(s.beta_start**0.5, s.beta_end**0.5, total, **kind) ** 2
+    if s.beta_schedule == CONTINUOUS:
+        a = alphas_cumprod(s.beta_start, s.beta_end, total)
+        return 1 - torch.cat((a[:1], a[1:] / a[:-1]))
     if s.beta_schedule == "sigmoid":  # Xu et al. 2022 (GeoDiff)
         return torch.sigmoid(torch.linspace(-6, 6, total, **kind)) * (s.beta_end - s.beta_start) + s.beta_start
     alpha_bar = _cosine if s.beta_schedule == "squaredcos_cap_v2" else _laplace

@@ -3,7 +3,8 @@
     x0     = clamp(kx x + ko out, -clip, clip)
     x_prev = c0 x0 + cx x + co out + sigma z
 
-DDPM with any variance and prediction type, respaced chains, and DDIM with any eta are all of this form.
+DDPM with any variance and prediction type, respaced chains, DDIM with any eta, and the predictors of Score-SDE are all
+of this form.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .arguments import number, whole_number
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, LOGVAR_A, LOGVAR_B, SIGMA, TABLE_WIDTH, TIME
 from .respacing import sections
 from .schedule import LEAST_SIGNAL, METHODS, SECTIONS, SPACINGS, Schedule
+from .vp_sde import CONTINUOUS, PREDICTORS, by_grid, by_respacing, why_not
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,15 @@ class StepTable:
 def step_table(
     schedule: Schedule,
     steps: int | str | Sequence[int] | None = None,  # how many (by timestep_spacing), which, or `sections`; None: all
-    method: str | None = None,  # ddpm or ddim; None: the schedule's, with its eta and its number of steps
+    method: str | None = None,  # ddpm, ddim, a predictor; None: the schedule's, with its eta and its number of steps
     eta: float | None = None,  # of DDIM: 0 deterministic, 1 the posterior deviation
     time_scale: float | None = None,  # the network is given time_scale * t; None: the schedule's
 ) -> StepTable:
-    """The table of DDPM (Ho et al. 2020, Algorithm 2) or DDIM (Song et al. 2021, equation 12).
+    """The table of DDPM (Ho et al. 2020, Algorithm 2), DDIM (Song et al. 2021, equation 12) or a Score-SDE predictor.
 
     DDIM keeps the network's own noise estimate beside a clipped x_0, as diffusers' DDIMScheduler does, or takes it
-    from the clipped x_0, as OpenAI's does, where the schedule has use_clipped_model_output. Of a schedule that is a
-    DDIMScheduler's, a number of steps n strides by T // n from each timestep, whatever the spacing, as it does.
+    from the clipped x_0, as OpenAI's does, where the schedule has use_clipped_model_output. With a DDIMScheduler's
+    schedule, n steps use a stride of T // n from each timestep, whatever the spacing, as diffusers does.
     """
     own = method in (None, schedule.method)  # the schedule speaks of this method
     method = schedule.method if method is None else method
@@ -64,8 +66,10 @@ def step_table(
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta must be in [0, 1]; got {eta}")
-    if method == "ddpm" and eta:
-        raise ValueError(f"eta belongs to method='ddim'; got eta={eta} with method='ddpm'")
+    if method != "ddim" and eta:
+        raise ValueError(f"eta belongs to method='ddim'; got eta={eta} with method={method!r}")
+    if method in PREDICTORS and time_scale is not None:
+        raise ValueError(f"time_scale does not go with method={method!r}, which has times of its own; got {time_scale}")
     time_scale = schedule.time_scale if time_scale is None else number("time_scale", time_scale, positive=True)
     if steps is None and schedule.timestep_respacing:
         steps = schedule.timestep_respacing
@@ -81,6 +85,8 @@ def step_table(
         chain = sections(steps, schedule.num_train_timesteps)
     else:
         chain = _custom_chain(schedule, steps)
+    if method in PREDICTORS:
+        return _predictor_table(schedule, method, chain, counted=steps is None or isinstance(steps, int))
     rows = torch.zeros(len(chain), TABLE_WIDTH, dtype=torch.float64, device="cpu")
     clips = schedule.clip_sample and not schedule.thresholding
     following = chain[1:] + [-1]
@@ -89,7 +95,7 @@ def step_table(
     for row, t, prev_t in zip(rows, chain, following):
         row[KX], row[KO] = _x0_from_output(schedule, t)
         row[CLIP] = schedule.clip_sample_range if clips else math.inf
-        row[TIME] = time_scale * t
+        row[TIME] = time_scale * t + schedule.time_offset
         if method == "ddpm":
             _ddpm_row(schedule, row, t, prev_t)
         else:
@@ -102,6 +108,26 @@ def step_table(
     else:
         draws = tuple(t > 0 if method == "ddpm" else eta > 0 for t in chain)
     return StepTable(rows, tuple(chain), variance, limit, learned=schedule.learned != "fixed", draws=draws)
+
+
+def _predictor_table(schedule: Schedule, method: str, chain: list[int], counted: bool) -> StepTable:
+    """A predictor of Score-SDE. counted: the chain was asked for by its length alone."""
+    if reason := why_not(schedule):
+        raise ValueError(f"method={method!r} is for Score-SDE's VP models; this schedule has {reason}")
+    if method == "ancestral_sampling" and schedule.beta_schedule != CONTINUOUS:
+        steps = by_respacing(schedule, chain)
+    elif counted:
+        steps = by_grid(schedule, method, len(chain))
+    else:
+        raise ValueError(f"method={method!r} takes a number of steps, spaced evenly in time, not a list of timesteps")
+    rows = torch.zeros(len(chain), TABLE_WIDTH, dtype=torch.float64, device="cpu")
+    signal = (1 - steps.std**2).clamp(min=LEAST_SIGNAL**2).sqrt()
+    columns = {KX: 1 / signal, KO: -steps.std / signal, CX: steps.cx, CO: steps.co, SIGMA: steps.sigma}
+    for column, values in (columns | {TIME: steps.labels}).items():
+        rows[:, column] = values
+    rows[:, CLIP] = math.inf
+    # score_sde_pytorch draws at every step, and leaves the noise of the last one out
+    return StepTable(rows, tuple(steps.timesteps), "fixed", draws=(True,) * len(chain))
 
 
 def _x0_from_output(schedule: Schedule, t: int) -> tuple[float, float]:

@@ -235,7 +235,10 @@ def test_help(run: Run):
         ),
         (("sample", "CKPT", "--film", "a.mp4"), "--film must end in .png or .gif; got a.mp4"),
         (("sample", "CKPT", "--steps", 11), "steps must be between 1 and num_train_timesteps=10; got 11"),
-        (("sample", "CKPT", "--method", "euler"), "method must be one of ddpm, ddim; got 'euler'"),
+        (
+            ("sample", "CKPT", "--method", "euler"),
+            "method must be one of ddpm, ddim, ancestral_sampling, euler_maruyama, reverse_diffusion; got 'euler'",
+        ),
         (("sample", "CKPT", "--eta", 0.5), "eta belongs to method='ddim'"),
         (("sample", "CKPT", "--batch-size", 0), "batch_size must be a positive integer or 'auto'; got 0"),
         (("sample", "CKPT", "--label", 1), "this model has no classes, so it takes no labels"),

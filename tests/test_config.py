@@ -172,10 +172,6 @@ SKIPS = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipU
             "UNetConfig needs Skip blocks before all others on the way down, and behind them on the way up; got "
             "SkipDownBlock2D, SkipDownBlock2D and SkipUpBlock2D, UpBlock2D",
         ),
-        (
-            {"up_block_types": ("UpBlock2D", "SkipUpBlock2D"), "norm_num_groups": None},
-            "UNetConfig.norm_num_groups must be a positive integer with UpBlock2D; null is for Skip blocks; got None",
-        ),
     ],
 )
 def test_what_skip_blocks_need(values: dict[str, Any], message: str):

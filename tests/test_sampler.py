@@ -386,7 +386,10 @@ def test_image_shape_overrides_the_model_s_size():
             {"noise": "white"},
             "noise must be 'philox', 'torch', a torch.Generator or a list of one an image; got 'white'",
         ),
-        ({"method": "heun"}, "method must be one of ddpm, ddim; got 'heun'"),
+        (
+            {"method": "heun"},
+            "method must be one of ddpm, ddim, ancestral_sampling, euler_maruyama, reverse_diffusion; got 'heun'",
+        ),
         ({"steps": 21}, "steps must be between 1 and num_train_timesteps=20; got 21"),
         ({"image_shape": None}, r"image_shape=\(C, H, W\) is needed: the model does not state its image size"),
     ],

@@ -135,7 +135,10 @@ def test_a_terminal_snr_of_zero_stays_finite(method: str):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"method": "euler"}, "method must be one of ddpm, ddim; got 'euler'"),
+        (
+            {"method": "euler"},
+            "method must be one of ddpm, ddim, ancestral_sampling, euler_maruyama, reverse_diffusion; got 'euler'",
+        ),
         ({"method": "ddim", "eta": 1.5}, r"eta must be in \[0, 1\]; got 1.5"),
         ({"eta": 0.5}, "eta belongs to method='ddim'; got eta=0.5 with method='ddpm'"),
         ({"steps": 101}, "steps must be between 1 and num_train_timesteps=100; got 101"),

@@ -119,7 +119,7 @@ def test_imports_go_one_way():
 
 def test_the_named_edges():
     """cli -> everything; sampler -> graphs, noise, schedule, ops; unet -> ops; ops -> kernels."""
-    assert modules_of_ours(imports(PACKAGE / "schedule.py")) == {"kernels", "respacing", "arguments"}
+    assert modules_of_ours(imports(PACKAGE / "schedule.py")) == {"kernels", "respacing", "arguments", "vp_sde"}
     assert modules_of_ours(imports(PACKAGE / "config.py")) == {"kernels"}
     assert modules_of_ours(imports(PACKAGE / "diffusion.py")) == {"schedule"}
     for name in ("sampler", "schedule", "diffusion", "noise", "step_table", "unet", "ops", "engine", "graphs"):

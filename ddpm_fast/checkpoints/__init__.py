@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import diffusers, ho, lucidrains, lucidrains_layout, openai
+from . import diffusers, ho, lucidrains, lucidrains_layout, openai, score_sde
 from .containers import Contents, choose, flatten, is_optimizer, networks, note_left_out, without_strays
 from .conversion import TARGETS, write
 from .diffusers import save
@@ -53,7 +53,7 @@ FAMILIES: tuple[Family, ...] = (
         lucidrains.load,
         reads=lucidrains_layout.DIFFUSION_BUFFERS,
     ),
-    Family("Score-SDE", _starts("all_modules."), refusal="a network of Score-SDE, which is not supported"),
+    Family("Score-SDE", _starts("all_modules."), score_sde.load, reads=frozenset({score_sde.SIGMAS})),
 )
 
 
@@ -70,10 +70,12 @@ def load(
         ("google/ddpm-cifar10-32", with "@revision" at will).
     preset: settings for weights without a configuration: "google" or "diffusers-default"; a file released by OpenAI
         ("256x256_diffusion") or its code's defaults ("guided-diffusion"); a model of Ho et al. ("cifar10"); the
-        version of lucidrains' denoising-diffusion-pytorch that trained it ("1.7.1").
+        version of lucidrains' denoising-diffusion-pytorch that trained it ("1.7.1"); a config file of Score-SDE's
+        ("vp/cifar10_ddpmpp_continuous").
     overrides: settings that win over all else, in the family's own words: fields of UNetConfig or Schedule; for an
         OpenAI checkpoint the flags of its scripts (num_heads, diffusion_steps, noise_schedule, ...), for a lucidrains
-        one the arguments of Unet and GaussianDiffusion (objective, image_size, ...).
+        one the arguments of Unet and GaussianDiffusion (objective, image_size, ...), for a Score-SDE one the fields
+        of its config files (continuous, predictor, beta_max, ...).
     weights: which of several networks in the source ("model", "ema", "unet", ...). By default the averaged one, and a
         note says which there are.
 

@@ -98,6 +98,9 @@ def structure_of_config(config: UNetConfig) -> tuple[Structure, Heads]:
         "add_attention": (True,),
         "mid_block_scale_factor": (1,),
         "center_input_sample": (False,),
+        "block_scale_factor": (1,),
+        "up_attention": ("all",) if any(kind.startswith("Attn") for kind in config.up_block_types) else ("all", "last"),
+        "resnet_resample_shortcut": (False,),
         "class_embed_type": (None,),
         "attn_norm_num_groups": normed,
         "time_embedding_dim": (4 * channels, None) if channels == config.block_out_channels[0] else (4 * channels,),
@@ -163,8 +166,11 @@ def _rescaled(config: UNetConfig, schedule: Schedule, state: dict[str, Tensor]) 
         return steps != 1000
     if config.time_embedding_type != "positional":
         raise CheckpointError(f"OpenAI's U-Net has no time_embedding_type {config.time_embedding_type!r}")
-    if schedule.time_scale != 1 and not math.isclose(schedule.time_scale, 1000 / steps):
-        raise CheckpointError(f"OpenAI's code scales times by 1000/{steps} or not at all; got {schedule.time_scale}")
+    if schedule.time_offset or (schedule.time_scale != 1 and not math.isclose(schedule.time_scale, 1000 / steps)):
+        plus = f" plus {schedule.time_offset:g}" if schedule.time_offset else ""
+        raise CheckpointError(
+            f"OpenAI's code scales times by 1000/{steps} or not at all; got {schedule.time_scale}{plus}"
+        )
     return schedule.time_scale != 1
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from ..config import UNetConfig
+from ..config import SKIP_DOWN, SKIP_UP, UNetConfig
 from ..schedule import SECTIONS, Schedule
 from ..unet import UNet, sinusoid
+from ..vp_sde import CONTINUOUS, PREDICTORS
 from .files import CheckpointError
 from .schedulers import DDIM_STEPS
 
@@ -17,7 +20,8 @@ def for_diffusers(model: UNet, schedule: Schedule) -> tuple[UNet, Schedule, list
     """The same model and schedule in diffusers' fields alone, and notes of what was changed for that.
 
     Scaled times become a learned time embedding whose rows are the sinusoids of the scaled times: the same network
-    at every timestep. Returns what it was given where nothing need change. The weights are shared, not copied.
+    at every timestep. Attention that follows only the last block of a level is joined by ones that add zero. Returns
+    what it was given where nothing need change. The weights are shared, not copied.
 
     Raises CheckpointError for what diffusers' UNet2DModel cannot do.
     """
@@ -28,27 +32,37 @@ def for_diffusers(model: UNet, schedule: Schedule) -> tuple[UNet, Schedule, list
             f"diffusers' UNet2DModel has no field for a sinusoid of {config.time_proj_channels} channels over a first "
             f"level of {config.block_out_channels[0]}; convert to 'openai' keeps such a model"
         )
-    fields: dict[str, object] = {"time_proj_channels": None}
+    _refuse_score_sde(config)
+    fields: dict[str, object] = {"time_proj_channels": None, "up_attention": "all"}
     if config.num_attention_heads is not None:
         fields |= {"num_attention_heads": None, "attention_head_dim": _head_dim(config)}
-    rows = None
-    if schedule.time_scale != 1:
+    added: dict[str, Tensor] = {}
+    if schedule.time_scale != 1 or schedule.time_offset:
+        how = f"scaled by {schedule.time_scale:g}" + (f" plus {schedule.time_offset:g}" if schedule.time_offset else "")
         if config.time_embedding_type != "positional" or config.class_embed_type == "timestep":
             raise CheckpointError(
-                f"diffusers cannot scale the times (by {schedule.time_scale}) of a model with "
-                f"time_embedding_type {config.time_embedding_type!r}, class_embed_type {config.class_embed_type!r}"
+                f"diffusers cannot give a model with time_embedding_type {config.time_embedding_type!r}, "
+                f"class_embed_type {config.class_embed_type!r}, its times {how}"
             )
         steps = schedule.num_train_timesteps
-        times = schedule.time_scale * torch.arange(steps, dtype=torch.float32)
-        rows = sinusoid(times, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
+        times = schedule.network_time(torch.arange(steps))
+        assert isinstance(times, Tensor)
+        added["time_proj.weight"] = sinusoid(
+            times, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos
+        )
         fields |= {"time_embedding_type": "learned", "num_train_timesteps": steps}
         notes.append(
-            f"the network takes times scaled by {schedule.time_scale:g}; for diffusers they became a learned time "
-            f"embedding of {steps} rows"
+            f"the network takes times {how}; for diffusers they became a learned time embedding of {steps} rows"
+        )
+    attended = [kind == "AttnUpBlock2D" for kind in config.up_block_types]
+    if config.up_attention == "last" and any(attended):
+        notes.append(
+            "diffusers has attention after every residual block on the way up, this model after the last of a level: "
+            "the others are added with zero weights, for the same outputs at more work"
         )
     changed = replace(config, **fields)  # type: ignore[arg-type]
     if changed != config:
-        model = _rebuilt(model, changed, rows)
+        model = _rebuilt(model, changed, added)
     return model, _schedule(schedule, notes), notes
 
 
@@ -66,18 +80,52 @@ def _head_dim(config: UNetConfig) -> int:
     return sizes[0] if sizes else 8
 
 
-def _rebuilt(model: UNet, config: UNetConfig, rows: torch.Tensor | None) -> UNet:
+def _refuse_score_sde(config: UNetConfig) -> None:
+    kinds = {*config.down_block_types, *config.up_block_types}
+    why = None
+    if config.block_scale_factor != 1 and kinds - {*SKIP_DOWN, *SKIP_UP}:
+        why = f"no field for sums divided by {config.block_scale_factor:g} in all blocks (Score-SDE's skip_rescale)"
+    elif config.resnet_resample_shortcut:
+        why = "no 1x1 convolution around residual blocks that resample, as Score-SDE's DDPM++ has"
+    elif config.norm_num_groups is None and kinds - {*SKIP_DOWN, *SKIP_UP}:
+        why = "norms of min(C // 4, 32) groups (norm_num_groups null) in Skip blocks alone"
+    if why:
+        raise CheckpointError(f"diffusers' UNet2DModel has {why}: this model cannot be converted; it samples here")
+
+
+def _rebuilt(model: UNet, config: UNetConfig, added: dict[str, Tensor]) -> UNet:
+    """The model under another config: tensors that are new come from ``added``, or are attention that adds zero."""
     state = dict(model.state_dict())
-    if rows is not None:
-        state["time_proj.weight"] = rows.to(model.device, model.dtype)
+    if config.up_attention != model.config.up_attention:
+        state = {_last_attention(name, config): tensor for name, tensor in state.items()}
+    state |= {name: tensor.to(model.device, model.dtype) for name, tensor in added.items()}
     with torch.device("meta"):
         rebuilt = UNet(config)
+    for name, tensor in rebuilt.state_dict().items():
+        if name not in state and ".attentions." in name:
+            state[name] = torch.zeros(tensor.shape, device=model.device, dtype=model.dtype)
     rebuilt.load_state_dict(state, strict=True, assign=True)
     return rebuilt.train(model.training)
 
 
+def _last_attention(name: str, config: UNetConfig) -> str:
+    """An up block's only attention under the name of the last of several."""
+    match = re.match(r"up_blocks\.(\d+)\.attentions\.0\.", name)
+    if match is None or config.up_block_types[int(match[1])] != "AttnUpBlock2D":
+        return name
+    return f"up_blocks.{match[1]}.attentions.{config.layers_per_block}.{name[match.end() :]}"
+
+
 def _schedule(schedule: Schedule, notes: list[str]) -> Schedule:
-    fields: dict[str, object] = {"time_scale": 1.0}
+    fields: dict[str, object] = {"time_scale": 1.0, "time_offset": 0.0}
+    if schedule.method in PREDICTORS:
+        fields["method"] = "ddpm"
+        notes.append(
+            f"diffusers has no {schedule.method} for this model: there it is drawn from by DDPM (fixed_large, no clip)"
+        )
+    if schedule.beta_schedule == CONTINUOUS:
+        fields |= {"beta_schedule": "linear", "trained_betas": tuple(schedule.betas.tolist())}
+        notes.append(f"the SDE's marginals became {schedule.num_train_timesteps} trained_betas")
     if schedule.timestep_spacing == SECTIONS:
         fields["timestep_spacing"] = "linspace"
         notes.append("for shorter chains diffusers has linspace, which rounds some steps otherwise than OpenAI's rule")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoints.express import for_diffusers
 from ..config import UNetConfig
 from ..data import DataError, ImageData
 from ..diffusion import training_loss
@@ -121,6 +122,8 @@ def check_fit(data: ImageData, model: UNetConfig, schedule: Schedule, config: Tr
             f"a learned time embedding needs num_train_timesteps of at least the schedule's "
             f"{schedule.num_train_timesteps}; got {model.num_train_timesteps}"
         )
+    with torch.device("meta"):  # results are saved in diffusers' layout: said now where that cannot be
+        for_diffusers(UNet(model), schedule)
 
 
 def _check_images(data: ImageData, model: UNetConfig) -> None:

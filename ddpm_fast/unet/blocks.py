@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UNetConfig
+from ..config import UP_BLOCKS, UNetConfig
 from ..kernels.reference import Shortcut
 from ..ops import Feature, Ops
 
@@ -161,13 +161,15 @@ class Resampler(nn.Module):
 
 
 class Level(nn.Module):
-    """What the levels have in common: residual blocks, with attention behind them or not, then a resampler."""
+    """Shared by all levels: residual blocks, each followed by attention or not, then a resampler."""
 
     resnets: nn.ModuleList
 
     def stages(self) -> Iterator[tuple[ResnetBlock, Attention | None]]:
-        attentions = getattr(self, "attentions", None) or [None] * len(self.resnets)
-        yield from zip(self.resnets, attentions)  # type: ignore[misc]
+        """Each residual block with its attention; of fewer attentions than blocks, the last blocks have them."""
+        attentions = list(getattr(self, "attentions", ()))
+        missing = [None] * (len(self.resnets) - len(attentions))
+        yield from zip(self.resnets, [*missing, *attentions])  # type: ignore[misc]
 
     def down(self, ops: Ops, h: Feature, skips: list[Feature], time: TimeRows) -> Feature:
         for resnet, attention in self.stages():
@@ -188,15 +190,19 @@ class Block(Level):
 
     def __init__(self, c: UNetConfig, kind: str, inputs: list[tuple[int, int]], channels: int, resample: str):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c, h + skip, channels, skip_channels=skip) for h, skip in inputs)
+        factor = c.block_scale_factor
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c, h + skip, channels, factor=factor, skip_channels=skip) for h, skip in inputs
+        )
         if kind.startswith("Attn"):
-            self.attentions = nn.ModuleList(Attention(c, channels, c.groups(channels)) for _ in inputs)
+            count = 1 if c.up_attention == "last" and kind in UP_BLOCKS else len(inputs)
+            self.attentions = nn.ModuleList(Attention(c, channels, c.groups(channels), factor) for _ in range(count))
         if resample:
             by_resnet = kind.startswith("Resnet") or (
                 kind.startswith("Attn") and (c.downsample_type if resample == "down" else c.upsample_type) == "resnet"
             )
             sampler: nn.Module = (
-                ResnetBlock(c, channels, channels, resample)
+                ResnetBlock(c, channels, channels, resample, factor, shortcut=c.resnet_resample_shortcut)
                 if by_resnet
                 else Resampler(channels, resample, c.downsample_padding)
             )

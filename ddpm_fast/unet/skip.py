@@ -7,7 +7,6 @@ groups, and those of attention 32, whatever the configuration says.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from torch import nn
 
@@ -31,11 +30,6 @@ class SkipBlock(Level):
         for h, skip in inputs:
             groups = c.groups(h, kind, skip), c.groups(channels, kind)
             self.resnets.append(ResnetBlock(c, h + skip, channels, "", FACTOR, skip, groups))
-
-    def stages(self) -> Iterator[tuple[ResnetBlock, Attention | None]]:
-        attentions = list(getattr(self, "attentions", ()))
-        missing = [None] * (len(self.resnets) - len(attentions))
-        yield from zip(self.resnets, [*missing, *attentions])  # type: ignore[misc]
 
 
 def _resampling(c: UNetConfig, kind: str, channels: int, resample: str) -> ResnetBlock | None:

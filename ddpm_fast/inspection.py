@@ -94,7 +94,7 @@ def fallbacks(model: UNet, chain: StepTable) -> dict[str, int]:
 
     with torch.device("meta"), torch.no_grad():
         ghost = UNet(model.config).eval().to(torch.bfloat16)
-        side = 2 ** (model.config.levels - 1)
+        side = 2**model.config.levels  # twice the least: torch refuses a norm over one value
         x = torch.empty(1, model.config.in_channels, side, side, dtype=torch.bfloat16)
         width = sum(block.time_emb_proj.out_features for block in ghost.residual_blocks())
         ops, _ = recording(replace(reference(), falls_back=noting))

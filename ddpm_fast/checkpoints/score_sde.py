@@ -27,7 +27,7 @@ _CIFAR10 = {"ch_mult": (1, 2, 2, 2), "attention": (1,), "image_size": 32}
 _LARGE = {"ch_mult": (1, 1, 2, 2, 4, 4), "attention": (4,), "image_size": 256}
 _DDPM = {"name": "ddpm", "num_res_blocks": 2}
 _DDPMPP = {**_CIFAR10, "name": "ncsnpp", "num_res_blocks": 4}
-# The VP config files of score_sde_pytorch without FIR and progressive growing; all have nf 128.
+# The VP config files of score_sde_pytorch without FIR and progressive growing.
 PRESETS: dict[str, dict[str, Any]] = {
     "vp/ddpm/cifar10": {**_CIFAR10, **_DDPM, "continuous": False},
     "vp/ddpm/cifar10_continuous": {**_CIFAR10, **_DDPM, "continuous": True},
@@ -43,6 +43,7 @@ ALIASES = {
     "vp/cifar10_ddpm": "vp/ddpm/cifar10",
     "vp/cifar10_ddpm_continuous": "vp/ddpm/cifar10_continuous",
 }
+NF = 128  # of all presets
 _DEFAULTS = {"sde": "vpsde", "num_scales": 1000, "beta_min": 0.1, "beta_max": 20.0}
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
@@ -246,7 +247,7 @@ def _is_of(structure: Structure, preset: Mapping[str, Any]) -> bool:
     channels = structure.nf, structure.in_channels, structure.out_channels
     return (
         (channels, structure.ch_mult, structure.blocks, attention, structure.biggan)
-        == ((128, 3, 3), preset["ch_mult"], preset["num_res_blocks"], preset["attention"], preset["name"] == "ncsnpp")
+        == ((NF, 3, 3), preset["ch_mult"], preset["num_res_blocks"], preset["attention"], preset["name"] == "ncsnpp")
     )  # fmt: skip
 
 

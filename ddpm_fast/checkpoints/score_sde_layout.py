@@ -70,7 +70,7 @@ def structure_of(tensors: Mapping[str, Tensor], where: object) -> Structure:
     """
     modules = _modules(tensors)
     kinds = {n: _kind(parts) for n, parts in modules.items()}
-    _refuse_variants(kinds, where)
+    _refuse_variants(modules, kinds, where)
     order = [kinds[n] for n in range(len(kinds))]
     shapes = [modules[n] for n in range(len(kinds))]
     resamplers, plain = order.count("resample"), order.count("res")
@@ -81,15 +81,20 @@ def structure_of(tensors: Mapping[str, Tensor], where: object) -> Structure:
             f"{where} is not a whole Score-SDE network: {plain} residual blocks and {resamplers} resamplers make no "
             "levels of one number of blocks"
         )
-    structure = Structure(
-        nf=shapes[0]["weight"][1],
-        blocks=blocks,
-        widths=_widths(order, shapes, levels),
-        attention=_attended(order, levels, blocks),
-        biggan=any("Conv_2.weight" in parts for parts in shapes),
-        in_channels=shapes[2]["weight"][1],
-        out_channels=shapes[-1]["weight"][0],
-    )
+    try:
+        structure = Structure(
+            nf=shapes[0]["weight"][1],
+            blocks=blocks,
+            widths=_widths(order, shapes, levels),
+            attention=_attended(order, levels, blocks),
+            biggan=any("Conv_2.weight" in parts for parts in shapes),
+            in_channels=shapes[2]["weight"][1],
+            out_channels=shapes[-1]["weight"][0],
+        )
+    except (KeyError, IndexError):
+        raise CheckpointError(
+            f"{where} is not a whole Score-SDE network: weights are missing, or have too few axes"
+        ) from None
     expected = [kind for kind, *_ in pieces(structure)]
     for n, (wanted, got) in enumerate(zip(expected, order)):
         if wanted != got:
@@ -148,8 +153,10 @@ def _kind(parts: Shapes) -> str:
     return {1: "norm", 2: "linear", 4: "conv"}.get(len(parts.get("weight", ())), "unknown")
 
 
-def _refuse_variants(kinds: Mapping[int, str], where: object) -> None:
+def _refuse_variants(modules: Mapping[int, Shapes], kinds: Mapping[int, str], where: object) -> None:
     names = set(kinds.values())
+    by_convolution = [kind == "resample" and "Conv_1.weight" not in modules[n] for n, kind in kinds.items()]
+    by_blocks = [kind == "resample" and "Conv_2.weight" in modules[n] for n, kind in kinds.items()]
     numbers = sorted(kinds)
     gap = next((n for n in range(numbers[-1]) if n not in kinds), None)
     variant = None
@@ -161,6 +168,8 @@ def _refuse_variants(kinds: Mapping[int, str], where: object) -> None:
         variant = "FIR resampling (fir true) of progressive inputs or outputs"
     elif kinds.get(0) == "conv":
         variant = "no time embedding (conditional false)"
+    elif any(by_convolution) and any(by_blocks):
+        variant = "a progressive input or output (progressive_input or progressive 'residual')"
     elif list(kinds.values()).count("norm") > 1:
         variant = "a progressive output (progressive other than 'none')"
     elif gap is not None:

@@ -60,9 +60,8 @@ class Sampler:
             (`batching.choose`). Where memory ends, it is halved.
         steps: how many timesteps (by the schedule's spacing); which ones, descending; or text, OpenAI's rule ("250",
             "10,15,20", "ddim50"); None is all of them.
-        method: "ddpm" (Ho et al. 2020, Algorithm 2) or "ddim" (Song et al. 2021) with its eta; for a Score-SDE VP model
-            also "ancestral_sampling", "euler_maruyama" or "reverse_diffusion"; None: the schedule's, with its own eta
-            and steps (DDPM and all steps, unless the checkpoint says otherwise).
+        method: "ddpm" (Ho et al. 2020, Algorithm 2), "ddim" (Song et al. 2021, with its eta), or for a Score-SDE VP
+            model one of `vp_sde.PREDICTORS`; None: the schedule's, with its own eta and steps.
         dtype: of the network, as a torch.dtype or by its name; x_t itself stays float32.
         ops: "reference", "cpu", "winograd", "triton", an `Ops` value, or "auto": fused kernels on a GPU where Triton
             works; on a CPU "winograd" where a batch is long enough to pay for compiling and can be compiled, else

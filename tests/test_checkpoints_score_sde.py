@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from house_rule import check, fresh
 from score_sde_oracle import DDPM, DDPMPP, VP, Net, forward, weights
+from tensors import fresh
 from torch import Tensor
 
 from ddpm_fast import ops
@@ -20,6 +20,7 @@ from ddpm_fast.checkpoints.score_sde import ALIASES, PRESETS
 from ddpm_fast.checkpoints.score_sde_layout import structure_of
 from ddpm_fast.cli import main
 from ddpm_fast.engine.prepared import prepare
+from ddpm_fast.house_rule import check
 from ddpm_fast.inspection import describe, describe_text
 from ddpm_fast.kernels.reference import sampler_step
 from ddpm_fast.ops import compiled
@@ -258,6 +259,29 @@ def test_marginals_of_the_continuous_schedule() -> None:
 # --- settings and files ---
 
 
+@pytest.mark.parametrize("net", [DDPM, DDPMPP], ids=["ddpm", "ddpmpp"])
+@pytest.mark.parametrize("sigmas", [1000, 128])  # 128: as long as a bias
+@torch.no_grad()
+def test_a_training_checkpoint_gives_the_averages(net: Net, sigmas: int, tmp_path: Path) -> None:
+    """checkpoint_N.pth: optimizer, model, ema and step; the averages are a list in the order of the parameters."""
+    raw, averaged = weights(net, 1), weights(net, 2)
+    buffer = {"module.sigmas": torch.linspace(50, 0.01, sigmas, dtype=torch.float64)}
+    content = {
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 2e-4}]},
+        "model": buffer | {f"module.{name}": tensor for name, tensor in raw.items()},
+        "ema": {"decay": 0.9999, "num_updates": 9, "shadow_params": list(averaged.values())},
+        "step": 400_001,
+    }
+    path = tmp_path / "checkpoint_8.pth"
+    torch.save(content, path)
+    x, t = inputs(net)
+    for choice, sd in ((None, averaged), ("ema", averaged), ("model", raw)):
+        checkpoint = load(path, overrides=flags(net), weights=choice)
+        assert relative(checkpoint.model(x, t), forward(net, sd, x.double(), t.double())) <= TOLERANCE
+        assert checkpoint.schedule.num_train_timesteps == sigmas
+    assert any("the averaged one, ema, is used" in note for note in load(path, overrides=flags(net)).notes)
+
+
 def test_presets_are_the_config_files(tmp_path: Path) -> None:
     shapes = {
         # google/ddpm-*'s, which have two more attentions on the way up, of 4 C (C + 1) + 2 C parameters each
@@ -399,7 +423,7 @@ def variant(name: str) -> dict[str, Tensor]:
         ("output_skip", "a progressive output"),
         ("no resampling convolutions", "no parameters at all_modules.4: it resamples without convolutions"),
         ("uneven", "is not a whole Score-SDE network: 9 residual blocks and 2 resamplers make no levels"),
-        ("ncsnv2", "NCSN or NCSNv2 network, trained on noise levels"),
+        ("ncsnv2", r"is an NCSN \(Song and Ermon\), trained on noise levels"),
     ],
 )
 def test_other_networks_are_refused_by_name(name: str, message: str, tmp_path: Path) -> None:

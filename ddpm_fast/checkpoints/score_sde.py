@@ -90,10 +90,6 @@ _NO_MATTER = (
 )  # fmt: skip
 
 
-def detect(names: frozenset[str]) -> bool:
-    return any(name.startswith("all_modules.") for name in names)
-
-
 def load(found: Found) -> Checkpoint:
     """The model and schedule of a state dict in Score-SDE's names. CheckpointError, one line."""
     overrides = _overrides(found.overrides)

@@ -26,7 +26,9 @@ def sample(
         str | None,
         typer.Option(help='Number of steps in the chain, or OpenAI\'s "10,15,20" or "ddim50". Default: all.'),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="ddpm or ddim. Default: the checkpoint's own.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="ddpm, ddim or a predictor of Score-SDE. Default: the checkpoint's own.")
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="Noise of DDIM, from 0 (none) to 1 (as much as DDPM).")] = None,
     batch_size: Annotated[
         str, typer.Option(metavar="N|auto", help="Images computed together; auto: as many as fit and run fast.")

@@ -77,7 +77,8 @@ class UNetConfig:
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)):
-                raise _wrong(name, value, "a list")
+                again = f" (on the command line: --set {name}=[{value}])" if isinstance(value, str) else ""
+                raise ValueError(f"UNetConfig.{name} must be a list; got {value!r}{again}")
             object.__setattr__(self, name, tuple(value))
         if isinstance(self.sample_size, list):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))

@@ -330,7 +330,7 @@ def test_train_then_sample(run: Run, tmp_path: Path):
         words += ["--set", f"{name}={value}"]
     code, out, err = run(*words)
     assert code == 0, err
-    assert out == "trained 3 steps; the model is in run: ddpm-fast sample run\n"
+    assert out == "trained 3 steps; the model is in run: ddpm-fast sample run\n" and "data: 6 images" in err
     loaded = df.load(tmp_path / "run")
     assert loaded.model.config.block_out_channels == (4, 8) and loaded.model.config.sample_size == 8
     assert loaded.schedule.num_train_timesteps == 10

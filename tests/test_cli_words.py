@@ -129,3 +129,37 @@ def test_verify_takes_a_class_by_its_name(saved: Path, monkeypatch: Any, capsys:
     assert code == 2 and "--label must be a whole number or one of cat, dog; got 'cow'" in err
     code, _, err = run(monkeypatch, capsys, *words, "--label", "all")
     assert code == 2 and "--label must be one class here, by number or name; got 'all'" in err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("sample", "--set", "steps=5"), "--set steps=5: steps is no setting of the model but an option: --steps 5"),
+        (("sample", "--set", "batch_size=5"), "an option: --batch-size 5"),
+        (("sample", "--set", "batch=5"), "batch is no setting of the model but an option: --batch-size 5"),
+        (("sample", "--set", "n=5"), "an option: -n 5"),
+        (("sample", "--set", "truncate=true"), "an option: --truncate\n"),
+        (("plan", "tiny", "--set", "gpu=h100"), "an option: --gpu h100"),
+        (("profile", "tiny", "--set", "ops=cpu"), "an option: --ops cpu"),
+    ],
+)
+def test_a_setting_that_is_an_option_leads_to_it(words: tuple[str, ...], message: str, monkeypatch: Any, capsys: Any):
+    code, out, err = run(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_no_setting_of_a_model_is_taken_for_an_option():
+    from dataclasses import fields
+
+    from ddpm_fast.checkpoints import ho, lucidrains, openai
+    from ddpm_fast.cli.words import SETTINGS_TOO
+
+    known = {f.name for kind in (df.UNetConfig, df.Schedule) for f in fields(kind)} | {*lucidrains.KNOWN, *ho._ALIASES}
+    known |= {*openai._SETTINGS, *openai._ARCHITECTURE, *openai._TRAINING}
+    names = {
+        p.name
+        for command in COMMANDS.values()
+        for p in command.params
+        if "settings" in {q.name for q in command.params}
+    }
+    assert names & known - {"image_size", "label_dropout"} == set(SETTINGS_TOO)  # of train, which has its own rule

@@ -406,9 +406,13 @@ def test_torchrun_trains_and_speaks_once(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    line = f"trained 4 steps; the model is in {out}: ddpm-fast sample {out}\n"
+    line = f"trained 4 steps; the model is in {out}: ddpm-fast sample {out} --label all\n"
     assert done.stdout.endswith(line)
     assert re.sub(GLOO, "", done.stdout.removesuffix(line)) == ""
+    assert done.stderr.count("training: steps 0 to 4, batches of 8 over 2 processes, float32 on cpu") == 1
+    words = ["-m", "ddpm_fast", "train", "--out", str(out), "--device", "cpu"]  # all else is recorded there
+    again = subprocess.run([*torchrun, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and again.stderr.count("continues at step 4 of 4, 0 to go") == 1, again.stderr
     train(pixels, tmp_path / "alone", PLAIN, SCHEDULE, replace(CONFIG, steps=4), CPU, progress=False)
     for ours, theirs in zip(log_of(out), log_of(tmp_path / "alone"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS)

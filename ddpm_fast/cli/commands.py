@@ -12,19 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import stages
 from .._version import __version__
-from . import bench, convert, engine, evaluate, export, profile, sample
-from .options import Device, Json, Settings, Source, WeightsPreset, assignments, chosen_device
-from .words import command_class
-
-# Typer carries click inside, or imports it, by its version; either way this is the base of a wrong command line.
-_USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+from . import bench, convert, engine, evaluate, export, profile, sample, train
+from .options import Json, Settings, Source, WeightsPreset, assignments
+from .words import CLICK_ERROR, command_class
 
 app = typer.Typer(
     add_completion=False,
@@ -66,41 +62,6 @@ def _with_torch(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def train(
-    data: Annotated[
-        str,
-        typer.Argument(help="A folder of images, .npz, .npy, .tar(.gz, .xz), or avatars:STYLE. Default: the preset's."),
-    ] = "",
-    out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run in it goes on.")] = Path("runs/ddpm"),
-    preset: Annotated[str, typer.Option(help="tiny, cifar10 or lsun256.")] = "tiny",
-    image_size: Annotated[
-        int | None, typer.Option(help="Scale and crop images to this many pixels. Default: the preset's.")
-    ] = None,
-    label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.0,
-    unconditional: Annotated[bool, typer.Option("--unconditional", help="Ignore the data's labels.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
-    device: Device = None,
-    settings: Settings = None,
-) -> None:
-    """Train a model (Algorithm 1). --set takes any field of TrainConfig, UNetConfig or Schedule."""
-    from .train import run
-
-    finished = run(
-        data=data,
-        out=out,
-        preset_name=preset,
-        image_size=image_size,
-        label_dropout=label_dropout,
-        unconditional=unconditional,
-        strict=strict,
-        device=chosen_device(device),
-        overrides=assignments(settings),
-    )
-    if not finished:
-        print(f"ddpm-fast: stopped; the same command goes on from the last state in {out / 'state'}", file=sys.stderr)
-        raise SystemExit(130)
-
-
 def inspect(
     source: Source = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch, for the memory estimate.")] = 1,
@@ -132,7 +93,7 @@ _BATCH = {"--batch": "--batch-size"}
 
 for command, kind in (
     (sample.sample, command_class(_PRESET)),
-    (train, command_class()),
+    (train.train, command_class()),
     (inspect, command_class(_PRESET)),
     (doctor, command_class()),
     (engine.verify, command_class(_PRESET)),
@@ -161,7 +122,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("ddpm-fast: interrupted; nothing half-written is left", file=sys.stderr)
         raise SystemExit(130) from None
-    except _USAGE_ERROR as error:
+    except CLICK_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             raise SystemExit(0) from None

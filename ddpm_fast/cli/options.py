@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,17 +54,38 @@ Device = Annotated[
 
 
 def assignments(settings: list[str] | None) -> dict[str, Any]:
-    """["norm_eps=1e-6", ...] -> {"norm_eps": 1e-6, ...}; values are JSON, or else plain text."""
+    """["norm_eps=1e-6", ...] -> {"norm_eps": 1e-6, ...}: the values as `_value` reads them."""
     values: dict[str, Any] = {}
     for setting in settings or []:
         name, equals, text = setting.partition("=")
         if not equals or not name:
             raise ValueError(f"--set takes NAME=VALUE; got {setting!r}")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = {"None": None, "True": True, "False": False}.get(text, text)
+        values[name] = _value(text)
     return values
+
+
+def _value(text: str) -> Any:
+    """JSON, or Python's None, True, False, lists and tuples, whose words need no quotes; or else plain text."""
+    with suppress(json.JSONDecodeError):
+        return json.loads(text)
+    if text[:1] + text[-1:] in ("[]", "()"):
+        inside = text[1:-1].strip().removesuffix(",")
+        return [_value(part.strip()) for part in _parts(inside)] if inside else []
+    if len(text) > 1 and text[0] == text[-1] == "'":
+        return text[1:-1]
+    return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+def _parts(text: str) -> list[str]:
+    """The text between its commas, without those in brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, ClassVar
 
+import typer
 from typer.core import TyperCommand
+
+# Typer carries click inside, or imports it, by its version; either way these are the bases of a wrong command line.
+CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+SETTINGS_TOO = ("method", "eta")  # options of sample that a schedule has as fields as well
 
 Words = list[str]
 Fits = Callable[[str], bool]  # whether a word can be a further value
@@ -18,7 +25,31 @@ class Command(TyperCommand):
     several: ClassVar[Mapping[str, Fits]] = {}
 
     def parse_args(self, ctx: Any, args: Words) -> Words:
-        return super().parse_args(ctx, joined(renamed(args, self.former), self.several))
+        args = joined(renamed(args, self.former), self.several)
+        try:
+            rest = super().parse_args(ctx, list(args))
+        except USAGE_ERROR as error:
+            option = getattr(error, "option_name", None)
+            if self.name != "train" or type(error).__name__ != "NoSuchOption" or option is None:
+                raise
+            value = next((b for a, b in pairwise(args) if a == option and not b.startswith("-")), "VALUE")
+            name = option.lstrip("-").replace("-", "_")
+            raise USAGE_ERROR(f"No such option: {option}. Settings go by --set, such as --set {name}={value}") from None
+        for setting in ctx.params.get("settings") or ():
+            self._check_setting(*setting.partition("=")[::2])
+        return rest
+
+    def _check_setting(self, name: str, value: str) -> None:
+        """A usage error for what is no setting of a model but an option of this command."""
+        word = name.replace("-", "_")
+        word = {"batch": "batch_size"}.get(word, word)
+        if word in SETTINGS_TOO or self.name == "train":  # whose settings are more than a model's
+            return
+        for parameter in self.params:
+            if parameter.name == word and parameter.opts[0].startswith("-"):
+                is_flag = getattr(parameter, "is_flag", False)
+                option = parameter.opts[0] + ("" if is_flag else f" {value}")
+                raise USAGE_ERROR(f"--set {name}={value}: {name} is no setting of the model but an option: {option}")
 
 
 def command_class(

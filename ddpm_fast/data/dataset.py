@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..classes import classes_text
 from .avatars import DEFAULT_COUNT, render_avatars
 from .image_files import MODES, TAR_SUFFIXES, DataError, LazyFolder, Pixels, fit_square, read_folder, read_tar
 
@@ -36,6 +37,7 @@ class ImageData:
     label_names: tuple[str, ...] | None = None
     source: str = ""
     skipped: tuple[str, ...] = field(default=())  # names of the images that could not be read
+    sizes: frozenset[tuple[int, int]] = frozenset()  # (width, height) of the images before scaling, where that is known
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -57,6 +59,20 @@ class ImageData:
     ) -> NDArray[np.uint8]:  # [N, C, H, W]
         """The images at ``index``, channels first."""
         return np.ascontiguousarray(self.images[index].transpose(0, 3, 1, 2))
+
+    def describe(self) -> str:
+        """What was read, in a line: how many images, their sizes, what was done to them, and the classes."""
+        channels, height, width = self.image_shape
+        sizes = sorted(self.sizes or {(width, height)}, key=lambda size: (size[0] * size[1], size))
+        original = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
+        text = f"{len(self):,} image{'s' * (len(self) != 1)} {original}"
+        text += f" from {self.source}" if self.source else ""
+        if set(sizes) != {(width, height)}:
+            square = all(w == h for w, h in sizes)
+            text += f", {'scaled' if square else 'scaled and cropped'} to {width}x{height}"
+        text += f", {'RGB' if channels == 3 else 'grey'}, "
+        text += classes_text(self.num_classes, self.label_names) if self.num_classes else "no classes"
+        return text + (f"; {len(self.skipped):,} unreadable skipped" if self.skipped else "")
 
     def digest(self) -> str:
         """A fingerprint of images and labels: a resumed training must see the same ones."""
@@ -104,7 +120,7 @@ def load_data(
     else:
         raise _unknown(path)
     labels, label_names = _labels_of(pictures.names)
-    return ImageData(pictures.images, labels, label_names, str(path), pictures.skipped)
+    return ImageData(pictures.images, labels, label_names, str(path), pictures.skipped, pictures.sizes)
 
 
 def _labels_of(names: Sequence[str]) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
@@ -145,11 +161,12 @@ def _load_array(path: Path, image_size: int | None, channels: int) -> ImageData:
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a readable {path.suffix} file: {error}") from error
     pixels = _as_nhwc(path, images, channels)
+    sizes = frozenset({(pixels.shape[2], pixels.shape[1])})
     if image_size is not None and pixels.shape[1:3] != (image_size, image_size):
         mode = MODES[channels]
         fitted = (fit_square(Image.fromarray(p.squeeze(-1) if mode == "L" else p), image_size) for p in pixels)
         pixels = np.stack([np.asarray(p).reshape(image_size, image_size, channels) for p in fitted])
-    return ImageData(pixels, *_array_labels(path, labels, len(pixels)), str(path))
+    return ImageData(pixels, *_array_labels(path, labels, len(pixels)), str(path), sizes=sizes)
 
 
 def _first_key(path: Path, found: Iterable[str], wanted: tuple[str, ...]) -> str:

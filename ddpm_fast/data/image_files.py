@@ -48,12 +48,14 @@ class Pictures:
     images: Pixels  # [n, H, W, C] uint8
     names: tuple[str, ...]  # [n]
     skipped: tuple[str, ...]  # the unreadable ones
+    sizes: frozenset[tuple[int, int]] = frozenset()  # (width, height) that there were, before any scaling
 
 
 def decode_image(
     content: bytes | Path,
     image_size: int | None,  # pixels a side; None: as it is
     channels: int,  # 1 or 3
+    sizes: set[tuple[int, int]] | None = None,  # gets the image's (width, height) before any scaling
 ) -> NDArray[np.uint8]:  # [H, W, C]
     """One image, upright (EXIF) and on white where it is transparent. Raises whatever Pillow does."""
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
@@ -67,6 +69,8 @@ def decode_image(
         canvas = Image.new("RGBA", upright.size, "white")
         upright = Image.alpha_composite(canvas, upright.convert("RGBA"))
     plain = upright.convert(MODES[channels])
+    if sizes is not None:
+        sizes.add(plain.size)
     if image_size is not None:
         plain = fit_square(plain, image_size)
     return np.asarray(plain).reshape(plain.height, plain.width, channels)
@@ -92,10 +96,11 @@ class _Reader:
         self.images: list[NDArray[np.uint8]] = []
         self.names: list[str] = []
         self.skipped: list[str] = []
+        self.sizes: set[tuple[int, int]] = set()
 
     def decode(self, content: bytes | Path) -> NDArray[np.uint8] | Exception:
         try:
-            return decode_image(content, self.image_size, self.channels)
+            return decode_image(content, self.image_size, self.channels, self.sizes)
         # On damaged files Pillow's decoders raise nearly anything: struct.error, EOFError, zlib.error, TypeError.
         except Exception as error:
             return error
@@ -125,7 +130,8 @@ class _Reader:
             warnings.warn(f"skipped {len(self.skipped)} unreadable images of {self.source}: {shown}", stacklevel=4)
         if not self.names:
             raise DataError(f"{self.source} holds no readable image ({len(self.skipped)} unreadable)")
-        return Pictures(np.stack(self.images) if images is None else images, tuple(self.names), tuple(self.skipped))
+        pixels = np.stack(self.images) if images is None else images
+        return Pictures(pixels, tuple(self.names), tuple(self.skipped), frozenset(self.sizes))
 
 
 def _is_image(name: str) -> bool:

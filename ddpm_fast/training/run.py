@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from ..sampler import Sampler, to_uint8
 from ..schedule import Schedule
 from . import state as train_state
 from .background_evaluation import BackgroundEvaluation
+from .report import begin_lines
 from .state import ResumeError
 from .step import Batch, Trainer, make_batch
 
@@ -62,6 +63,8 @@ def train(
     resume: bool = True,
     progress: bool = True,  # a bar; where stderr is no terminal, a line every half minute
     init_from: nn.Module | None = None,  # weights to begin with, for a new run only
+    say: Callable[[str], None] | None = None,  # gets lines on data, network and steps before the first step
+    record: Mapping[str, Any] | None = None,  # kept in train_config.json beside the settings
 ) -> TrainResult:
     """Trains until ``train_config.steps``; continues from the newest state in ``out`` if there is one.
 
@@ -83,7 +86,10 @@ def train(
         trainer = world.together(lambda: Trainer(data, model_config, schedule, train_config, where, init_from, world))
         run = world.together(lambda: _Run(trainer, out, progress))
         try:
-            run.open(resume)
+            run.open(resume, record or {})
+            if say is not None and world.first:
+                for line in begin_lines(trainer, run.start):
+                    say(line)
             return run.loop()
         finally:
             run.close()
@@ -108,17 +114,17 @@ class _Run:
         if self.config.evaluate_every:
             self.evaluation = _evaluation(trainer, out)
 
-    def open(self, resume: bool) -> None:
+    def open(self, resume: bool, record: Mapping[str, Any]) -> None:
         """Loads the newest state, if there is one, and cuts the log back to it."""
         everywhere = self.world.gather(self.settings)
         self.world.together(lambda: train_state.check_same_everywhere(everywhere))
-        state = self.world.on_first(lambda: self._open_folder(resume))
+        state = self.world.on_first(lambda: self._open_folder(resume, record))
         if state is not None:
             self.trainer.load(state)
             self.start, self.elapsed_before_s = int(state["step"]), float(state["elapsed_s"])
         self.trainer.connect()
 
-    def _open_folder(self, resume: bool) -> dict[str, Any] | None:
+    def _open_folder(self, resume: bool, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """The newest state of this very run; the log is cut back to it, and the settings are written."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._release = train_state.hold(self.out)
@@ -129,7 +135,7 @@ class _Run:
             ignored = ADJUSTABLE | ({"steps"} if self.config.lr_schedule == "constant" else set())
             train_state.check_same_run(state["settings"], self.settings, frozenset(ignored))
         train_state.cut_log(self.out / "log.jsonl", 0 if state is None else int(state["step"]))
-        train_state.write_json(self.out / "train_config.json", {**self.settings, "source": self.trainer.data.source})
+        train_state.write_record(self.out, {**self.settings, "source": self.trainer.data.source, **record})
         return state
 
     def close(self) -> None:
@@ -230,7 +236,7 @@ class _Run:
     def _diverged(self, done: int, loss_sum: float, norm: float) -> None:
         raise TrainingDiverged(
             f"loss and gradient must stay finite; at step {done} the loss sum is {loss_sum} and the "
-            f"gradient norm {norm}. States before it are in {self.out / 'state'}; lower lr or raise warmup_steps"
+            f"gradient norm {norm}. {train_state.kept_text(self.out)}; lower lr or raise warmup_steps"
         )
 
     def _save(self, done: int) -> None:

@@ -54,6 +54,41 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
+RECORD = "train_config.json"
+
+
+def write_record(out: Path, record: Mapping[str, Any]) -> None:
+    """The settings of a run, in its folder; ``source``, where the images came from, as a path that holds anywhere."""
+    source = record["source"]
+    if source and Path(source).exists():
+        source = str(Path(source).resolve())
+    write_json(out / RECORD, {**record, "source": source})
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote; ``begun`` says whether a state lies beside it. None for a folder without.
+
+    Raises ResumeError for one that is damaged.
+    """
+    path = out / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sections = [record["train"], record["model"], record["schedule"]]
+        if not all(isinstance(section, dict) for section in sections):
+            raise TypeError
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise ResumeError(f"{path} does not read as a run's settings; restore it, or remove it and give all") from None
+    return {**record, "begun": bool(state_paths(out / "state"))}
+
+
+def kept_text(out: Path) -> str:
+    """Where the states of a run are, if there are any."""
+    paths = state_paths(out / "state")
+    return f"The state before it is {paths[-1]}" if paths else "No state was saved before it"
+
+
 def state_paths(folder: Path) -> list[Path]:
     """The states in ``folder``, oldest first."""
     return sorted(path for path in folder.glob("step_*.pt") if _STATE_NAME.fullmatch(path.name))

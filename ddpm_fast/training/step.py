@@ -131,7 +131,10 @@ def _check_images(data: ImageData, model: UNetConfig) -> None:
     if model.in_channels != channels:
         raise DataError(f"the model's in_channels must be the data's channels {channels}; got {model.in_channels}")
     if model.image_size not in (None, (height, width)):
-        raise DataError(f"the model's sample_size must be the data's {height}x{width}; got {model.sample_size}")
+        raise DataError(
+            f"the model's sample_size must be the data's {height}x{width}; got {model.sample_size}. Give image_size "
+            "(--image-size) to scale and crop the images"
+        )
     multiple = 2 ** (model.levels - 1)
     if height % multiple or width % multiple:
         raise DataError(

@@ -154,7 +154,8 @@ def test_sigterm_gives_claims_back(runs: Runs):
     until(lambda: finished(runs.folder) > 3)
     os.kill(command.process.pid, signal.SIGTERM)
     assert command.wait() == 130, command.output()
-    assert command.output().splitlines()[-1] == "ddpm-fast: interrupted; nothing half-written is left"
+    kept = f"{SHARD * finished(runs.folder)} of {N} images are finished and kept in {runs.folder}"
+    assert command.output().splitlines()[-1] == f"ddpm-fast: interrupted; {kept}; the same command goes on"
     assert "Traceback" not in command.output()
     assert not list((runs.folder / "unfinished").iterdir())
 

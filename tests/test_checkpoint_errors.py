@@ -44,7 +44,8 @@ def test_a_preset_beside_a_configuration(folder: Path) -> None:
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer.*git lfs pull"),
-        (b"<!DOCTYPE html><html>", r"neither a safetensors nor a torch\.save file \(it begins with b'<!DOCTYPE"),
+        (b"<!DOCTYPE html><html>", "a web page, not the file itself"),
+        (b"no weights", r"neither a safetensors nor a torch\.save file \(it begins with b'no weights'"),
         (b"\x80\x02.", "is damaged, or not a state dict"),
     ],
 )

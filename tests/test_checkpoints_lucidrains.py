@@ -538,7 +538,16 @@ REFUSED: dict[str, tuple[Net, Change, dict[str, Any], str]] = {
     "elucidated": (Net(features=6), prefixed("net."), {}, "an ElucidatedDiffusion, whose noise levels are continuous"),
     "continuous": (Net(features=6), prefixed("model."), {"overrides": STATED}, "continuous time, without betas"),
     "mish": (Net(), lambda sd: {**sd, "downs.0.0.block1.block.0.weight": sd["init_conv.weight"]}, {}, "before 0.22.0"),
-    "weighted": (Net(out=8), dict, {"overrides": STATED}, "3 channels in and 8 out"),
+    "weighted": (Net(out=8), dict, {"overrides": STATED}, "of a WeightedObjectiveGaussianDiffusion, whose network"),
+    "out": (Net(out=5), dict, {"overrides": STATED}, "3 channels in and 5 out"),
+    "elucidated_in_a_trainer": (
+        Net(features=6),
+        lambda sd: {"step": torch.tensor(1), **prefixed("model.net.")(sd), **prefixed("ema.ema_model.net.")(sd)},
+        {},
+        "an ElucidatedDiffusion, whose noise levels are continuous",
+    ),
+    "continuous_alone": (Net(features=6), dict, {}, "ElucidatedDiffusion and the continuous-time classes .* need one"),
+    "continuous_by_preset": (Net(features=6), dict, {"preset": "2.0.0"}, "the continuous-time classes of the package"),
     "nan": (Net(), lambda sd: {**sd, "init_conv.bias": torch.full((8,), torch.nan)}, {"overrides": STATED}, "NaN"),
     "betas": (
         Net(),

@@ -6,7 +6,6 @@ A family is one module with a `Family` value: how its tensor names are told, and
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from .diffusers import save
 from .family import Checkpoint, Family, Found
 from .files import CheckpointError, first_line, listing, read_weights
 from .foreign import FOREIGN
-from .layout import CONFIG, LABELS, MODEL_INDEX, SCHEDULER, UNETS, WEIGHTS, Layout, find_weights, locate
+from .layout import Layout, locate
+from .sources import opened
 
 __all__ = ["TARGETS", "Checkpoint", "CheckpointError", "convert", "identify", "load", "save"]
 
@@ -32,8 +32,6 @@ _UNNAMED = (
 )
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pixel-art"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def _starts(beginning: str, *whole: str) -> Callable[[frozenset[str]], bool]:
@@ -66,8 +64,8 @@ def load(
 ) -> Checkpoint:
     """The model and schedule of a checkpoint.
 
-    source: None for the bundled model; a folder in the diffusers layout, a weights file, or a hub id
-        ("google/ddpm-cifar10-32", with "@revision" at will).
+    source: None for the bundled model; a folder in the diffusers layout, a weights file, a DDUF file, or a place on the
+        Hugging Face hub: "google/ddpm-cifar10-32", with "/folder" and "@revision" at will, or its address.
     preset: settings for weights without a configuration: "google" or "diffusers-default"; a file released by OpenAI
         ("256x256_diffusion") or its code's defaults ("guided-diffusion"); a model of Ho et al. ("cifar10"); the
         version of lucidrains' denoising-diffusion-pytorch that trained it ("1.7.1"); a config file of Score-SDE's
@@ -84,14 +82,15 @@ def load(
     """
     source = BUNDLED if source is None else source
     name = os.fspath(source)
-    try:
-        layout = locate(_resolve(source), weights)
-        content = read_weights(layout.weights)
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {first_line(error)}") from None
-    found, family = identify(content, layout, name, preset, overrides)
-    assert family.load is not None
-    checkpoint = family.load(found)
+    with opened(source) as path:
+        try:
+            layout = locate(path, weights)
+            content = read_weights(layout.weights)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {first_line(error)}") from None
+        found, family = identify(content, layout, name, preset, overrides)
+        assert family.load is not None
+        checkpoint = family.load(found)  # with copies of the file's tensors
     if checkpoint.labels:
         checkpoint.model.label_names = tuple(checkpoint.labels)
     return checkpoint
@@ -184,40 +183,3 @@ def contents_of(content: Any, path: Path) -> Contents:
         what = f"it has {listing(contents.others)}" if contents.others else "it has no tensors"
         raise CheckpointError(f"{path} is no state dict: {what}")
     return contents
-
-
-def _resolve(source: str | os.PathLike[str]) -> Path:
-    """The local path of a source, downloaded if it is a hub id."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return _download(source)
-    raise CheckpointError(f"{path} does not exist, neither as a folder nor as a file")
-
-
-def _download(hub_id: str) -> Path:
-    """A snapshot of the small JSON files and the preferred weights alone. Code in a repository is never fetched."""
-    import huggingface_hub  # here: loading a local file must not need it
-
-    repo, _, revision = hub_id.partition("@")
-    places = ("", *(f"{name}/" for name in UNETS))
-    small = [MODEL_INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", LABELS, *(f"{p}{CONFIG}" for p in places)]
-    folder = None
-    for kinds in (
-        [f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}-*-of-*.safetensors"],
-        [f"{WEIGHTS}.bin", f"{WEIGHTS}.bin.index.json", f"{WEIGHTS}-*-of-*.bin"],
-        [f"{WEIGHTS}.*"],  # variants
-    ):
-        wanted = small + [f"{place}{kind}" for place in places for kind in kinds]
-        try:
-            folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-        except Exception as error:
-            raise CheckpointError(
-                f"{hub_id} is neither a local path nor could it be had from the hub ({first_line(error)})"
-            ) from None
-        if any(find_weights(folder / place) for place in places):
-            break
-    if folder is None or not folder.is_dir():
-        raise CheckpointError(f"{hub_id} has none of the files of a diffusers checkpoint")
-    return folder

@@ -233,7 +233,7 @@ def choose(contents: Contents, found: Sequence[Network], weights: str | None, pa
     loadable = [n for n in found if n.family.load is not None]
     if not loadable:
         raise CheckpointError(f"{path} is {found[0].family.refusal}")
-    autoencoders = [n.place for n in found if n.family.name == AUTOENCODER]
+    autoencoders = [n.name for n in found if n.family.name == AUTOENCODER]
     if autoencoders:
         raise CheckpointError(
             f"{path} is a latent diffusion model: beside its U-Net it holds an autoencoder ({listing(autoencoders)}); "
@@ -275,11 +275,12 @@ def choose(contents: Contents, found: Sequence[Network], weights: str | None, pa
 
 
 def _distinct(found: Sequence[Network]) -> list[Network]:
-    """Without networks that are the very tensors of an earlier one."""
+    """Without networks that are the very tensors of another one; the averaged of such stays."""
     seen: dict[tuple[int, ...], Network] = {}
     for network in found:
-        places = (t.data_ptr() if t.layout == torch.strided else id(t) for t in network.tensors.values())
-        seen.setdefault(tuple(places), network)
+        places = tuple(t.data_ptr() if t.layout == torch.strided else id(t) for t in network.tensors.values())
+        if places not in seen or (network.averaged and not seen[places].averaged):
+            seen[places] = network
     return list(seen.values())
 
 

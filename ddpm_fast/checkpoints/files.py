@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import zipfile
 import zlib
@@ -20,6 +21,9 @@ from typing import Any, BinaryIO
 import safetensors
 import torch
 from torch import Tensor
+
+from .formats import foreign_format, foreign_zip
+from .pickles import Names, kind_of, names_in, stand_ins
 
 MAX_JSON_BYTES = 4 << 20  # a config is a few KB, an index of 10,000 tensors about 1 MB
 MAX_HEADER_BYTES = 16 << 20
@@ -57,6 +61,9 @@ def read_weights(path: Path) -> Any:
     """
     head, _ = _head(path)
     is_zip = head.startswith(b"PK\x03\x04")
+    kind = foreign_format(path, head)
+    if kind is not None:
+        raise CheckpointError(f"{path} is {kind}")
     if path.suffix == ".json":
         return read_sharded(path)
     if path.suffix == ".safetensors" and (is_zip or head.startswith(b"\x80\x02")):
@@ -89,7 +96,7 @@ def _head(path: Path) -> tuple[bytes, int]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
     if not head:
-        raise CheckpointError(f"{path} is empty")
+        raise CheckpointError(f"{path} is empty; the download or the save that made it did not finish")
     if head.startswith(_LFS):
         raise CheckpointError(
             f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository, or download it"
@@ -180,15 +187,42 @@ def read_pickle(path: Path) -> Any:
         is_zip = stream.read(4) == b"PK\x03\x04"
     if is_zip:
         _check_zip(path)
+    names = None if is_zip else _names(path, is_zip)
+    if names is not None and not names.by_torch and (kind := kind_of(names)) is not None:
+        raise CheckpointError(f"{path} is refused: it is {kind}; nothing in it was run")
     try:
-        if is_zip:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        with _Bounded(io.FileIO(path)) as stream:
-            return torch.load(stream, map_location="cpu", weights_only=True)
+        try:
+            return _load(path, is_zip)
+        except pickle.UnpicklingError as error:
+            inert = stand_ins(_names(path, is_zip).imports)
+            if not inert:
+                raise
+            try:
+                with torch.serialization.safe_globals(inert):
+                    return _load(path, is_zip)
+            except pickle.UnpicklingError as second:
+                raise (second if "GLOBAL" in str(second) else error) from None
     except Exception as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise CheckpointError(f"{path} is damaged: it claims more memory than there is") from None
         raise CheckpointError(_refusal(path, error)) from None
+
+
+def _load(path: Path, is_zip: bool) -> Any:
+    if is_zip:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with _Bounded(io.FileIO(path)) as stream:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def _names(path: Path, is_zip: bool) -> Names:
+    """The names in a pickle, or in the one that is inside a zip file."""
+    if not is_zip:
+        with _Bounded(io.FileIO(path)) as stream:
+            return names_in(stream)
+    with zipfile.ZipFile(path) as archive:
+        member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return names_in(io.BytesIO(archive.read(member)))
 
 
 class _Bounded(io.BufferedReader):
@@ -210,9 +244,7 @@ def _refusal(path: Path, error: Exception) -> str:
         why = inner[1] if inner else type(error).__name__ if "weights_only" in str(error) else first_line(error)
         return f"{path} is damaged, or not a state dict of plain tensors: {why}"
     name = found[1].rstrip(".,`'\"")
-    advice = "where you trust it, load it there and save its state dict as safetensors"
-    if "persistence" in name:
-        advice = "it looks like an EDM or StyleGAN snapshot, which carries its own source code; " + advice
+    advice = "where you trust it, load it in the program that wrote it and save its state_dict() as safetensors"
     return f"{path} is refused: unpickling it would run {name}, which is not plain tensors; nothing was run; {advice}"
 
 
@@ -222,6 +254,9 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            kind = foreign_zip([entry.filename for entry in entries])
+            if kind is not None:
+                raise CheckpointError(f"{path} is {kind}")
             if any("/code/" in entry.filename for entry in entries):
                 raise CheckpointError(f"{path} is a TorchScript archive, a program and not a state dict")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

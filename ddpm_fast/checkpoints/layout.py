@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import CheckpointError, listing, read_json
+from .formats import foreign_format
 from .schedulers import PIPELINES_BY_SIGMA, by_sigma, check_scheduler
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -14,6 +15,12 @@ CONFIG, SCHEDULER, MODEL_INDEX, LABELS = "config.json", "scheduler_config.json",
 UNETS = ("unet_ema", "unet")  # the averaged weights of a training folder are the ones to sample with
 # Preferred first. An index wins over a single file, as upstream.
 PLAIN = (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin.index.json", f"{WEIGHTS}.bin")
+# The names of accelerate's save_model and save_state, for a folder that has none of those.
+ACCELERATE = tuple(
+    f"{stem}{end}"
+    for stem, kind in (("model", ".safetensors"), ("pytorch_model", ".bin"))
+    for end in (f"{kind}.index.json", kind)
+)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PIPELINE = "_pipeline"  # the key under which a scheduler's settings tell the class that model_index.json names
 
@@ -67,6 +74,8 @@ def find_weights(folder: Path) -> Path | None:
 def check_class(config: dict[str, Any] | None, path: Path) -> None:
     """CheckpointError unless the config is one of a UNet2DModel."""
     name = (config or {}).get("_class_name", "UNet2DModel")
+    if config is not None and "_class_name" not in config and "model_type" in config:
+        raise CheckpointError(f"{path} is of a model of transformers ({config['model_type']}), no diffusion model")
     if name == "UNet2DConditionModel":
         raise CheckpointError(f"{path} is of a UNet2DConditionModel, guided by text or images; that is not supported")
     if name != "UNet2DModel":
@@ -96,7 +105,7 @@ def check_pipeline(root: Path) -> None:
 def _unet_folder(root: Path, choice: str | None) -> tuple[Path, list[str]]:
     """The folder of the U-Net: a sub-folder if there is one, else the root; else the newest checkpoint-N's."""
     present = [name for name in UNETS if (root / name).is_dir()]
-    if choice is not None and present:
+    if choice is not None and (choice in present or len(present) > 1):
         if choice not in present:
             raise CheckpointError(f"{root} has no weights {choice!r}; it has {', '.join(present)}")
         return root / choice, [f"of {' and '.join(present)}, {choice} is used, as asked"] if len(present) > 1 else []
@@ -115,18 +124,23 @@ def _unet_folder(root: Path, choice: str | None) -> tuple[Path, list[str]]:
 
 
 def _any_weights(folder: Path) -> list[Path]:
-    """Weights under the layout's name, any variant; neither shards nor stray files."""
+    """Weights under the layout's name, any variant, or else under accelerate's; neither shards nor stray files."""
     found = folder.glob(f"{WEIGHTS}.*")
     weights = (p for p in found if re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", p.name))
-    return sorted(p for p in weights if not _SHARD.search(p.name))
+    return sorted(p for p in weights if not _SHARD.search(p.name)) or [
+        folder / name for name in ACCELERATE if (folder / name).exists()
+    ]
 
 
 def _choose_weights(folder: Path) -> tuple[Path, list[str]]:
     plain = find_weights(folder)
     if plain is not None:
         return plain, []
+    present = _any_weights(folder)
+    if present and present[0].name in ACCELERATE:
+        return present[0], []
     variants: dict[str, Path] = {}
-    for path in sorted(_any_weights(folder), key=lambda p: (".safetensors" not in p.name, ".index" not in p.name)):
+    for path in sorted(present, key=lambda p: (".safetensors" not in p.name, ".index" not in p.name)):
         rest = path.name.removeprefix(WEIGHTS + ".")
         variant = re.sub(r"\.?(safetensors|bin|index|json)\b", "", rest).strip(".")
         variants.setdefault(variant, path)
@@ -136,11 +150,27 @@ def _choose_weights(folder: Path) -> tuple[Path, list[str]]:
     if variants:
         names = listing([p.name for p in variants.values()])
         raise CheckpointError(f"{folder} has several variants of the weights ({names}); name one of the files")
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
+    raise CheckpointError(f"{folder} {_without_weights(folder)}")
+
+
+def _without_weights(folder: Path) -> str:
+    """Why a folder has nothing to load, and what to do."""
+    names = sorted(p.name for p in folder.iterdir())
+    others = [name for name in names if Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")]
     if any(_SHARD.search(name) for name in others):
-        raise CheckpointError(f"{folder} holds shards of weights ({listing(others)}) without their index.json")
+        return f"holds shards of weights ({listing(others)}) without their index.json"
+    if any(name.endswith(".distcp") for name in names):
+        return (
+            "is a checkpoint of torch.distributed, spread over files; make one file of it: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
+        )
+    if "zero_to_fp32.py" in names:
+        return "is a checkpoint of DeepSpeed, spread over files; make one file of it with the zero_to_fp32.py in it"
+    foreign = [(name, kind) for name in names if (kind := foreign_format(Path(name), b"x")) is not None]
+    if not others and foreign:
+        return f"has no weights that can be read: its {foreign[0][0]} is {foreign[0][1]}"
     hint = f"; it holds {listing(others)}: to load one of them, name the file" if others else ""
-    raise CheckpointError(f"{folder} has no weights ({WEIGHTS}.safetensors or .bin){hint}")
+    return f"has no weights ({WEIGHTS}.safetensors or .bin){hint}"
 
 
 def _describes_unet(config: dict[str, Any]) -> bool:

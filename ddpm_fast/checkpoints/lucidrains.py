@@ -148,8 +148,9 @@ class _Settings:
             raise CheckpointError(f"resnet_block_groups={groups} does not divide {odd[0]} channels; give the right one")
         if self.parts.wrapped and not self.parts.buffers and config.learned_sinusoidal_dim is not None:
             raise CheckpointError(
-                f"{self.found.weights} is a lucidrains checkpoint of a diffusion in continuous time, without betas; "
-                "it is no DDPM and is not supported"
+                f"{self.found.weights} is a lucidrains checkpoint of a diffusion in continuous time, without betas "
+                "(ContinuousTimeGaussianDiffusion or VParamContinuousTimeGaussianDiffusion); it is no DDPM and is not "
+                "supported: draw from it with that class"
             )
         return config
 
@@ -264,6 +265,14 @@ class _Settings:
         """An argument of GaussianDiffusion that this file does not tell."""
         if name in self.given:
             return self.given[name]
+        if self.shown["learned_sinusoidal_dim"] is not None and "betas" not in self.parts.buffers:
+            raise CheckpointError(
+                f"{self.found.weights} is a lucidrains U-Net alone, of a learned or random sinusoidal time embedding: "
+                "ElucidatedDiffusion and the continuous-time classes of the package need one, and its "
+                "GaussianDiffusion takes none; those are no DDPMs, so draw from it with its own class. If it was "
+                "trained as a DDPM all the same, give objective, timesteps and beta_schedule "
+                f"({', '.join(SCHEDULES)}) as overrides (--set NAME=VALUE)"
+            )
         if name in self.defaults:
             self.assumed[name] = self.defaults[name]
             return self.defaults[name]

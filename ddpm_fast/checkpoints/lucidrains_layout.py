@@ -79,12 +79,25 @@ def _refuse(network: Mapping[str, Tensor], prefix: str, path: Path) -> None:
         what = f"of {kind} network; only images are supported"
     elif any(name.startswith(("classes_emb.", "null_classes_emb", "classes_mlp.")) for name in network):
         what = "of a class-conditional network (classifier_free_guidance.py), which is not supported"
-    elif re.search(r"(^|\.)net\.$", prefix):
-        what = "of an ElucidatedDiffusion, whose noise levels are continuous; it is no DDPM and is not supported"
+    elif re.search(r"(^|\.)net\.$", prefix) and "time_mlp.0.weights" in network:
+        what = (
+            "of an ElucidatedDiffusion, whose noise levels are continuous; it is no DDPM and is not supported: draw "
+            "from it with that class"
+        )
+    elif _out_channels(network) == 2 * network[_FIRST_TENSOR].shape[1] + 2:
+        what = (
+            "of a WeightedObjectiveGaussianDiffusion, whose network predicts noise, x0 and their weights at once; that "
+            "is not supported: draw from it with that class"
+        )
     elif any(re.search(r"\.block\.0\.|\.ds_conv\.", name) for name in network):
         what = f"of a version before {FIRST}, whose network is another; it is not supported"
     if what is not None:
         raise CheckpointError(f"{path} is a lucidrains checkpoint {what}")
+
+
+def _out_channels(network: Mapping[str, Tensor]) -> int:
+    last = network.get("final_conv.weight")
+    return 0 if last is None or last.ndim < 1 else last.shape[0]
 
 
 def versions(shapes: Shapes, nested: bool) -> tuple[Version, Version]:

@@ -6,6 +6,7 @@ come from the release that has this architecture, from a named preset, or from o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def settings(found: Found, structure: Structure, notes: list[str]) -> dict[str, 
             f"{found.weights} is an OpenAI checkpoint of no released architecture ({_text(flags_of(structure))}), and "
             f"its weights do not tell {', '.join(needed)}: give them as overrides (--set NAME=VALUE), with "
             f"image_size, and use_new_attention_order if it was trained with it; or name a preset: "
-            f"{', '.join(DEFAULTS)}, or a released file"
+            f"{', '.join(DEFAULTS)}, or a released file{_if_consistency(found, structure)}"
         )
     assumed = {name: value for name, value in _ASSUMED.items() if name not in known}
     if structure.learn_sigma:  # the network tells its variance
@@ -119,6 +120,18 @@ def settings(found: Found, structure: Structure, notes: list[str]) -> dict[str, 
     if ignored:
         notes.append(f"of no effect on sampling: {', '.join(ignored)}")
     return {**_ASSUMED, **known}
+
+
+def _if_consistency(found: Found, structure: Structure) -> str:
+    """A warning where a file looks like one of OpenAI's consistency_models, which have guided-diffusion's layout."""
+    named = re.match(r"(cd|ct|edm)[_-]\w*(imagenet64|bedroom256|cat256)", found.weights.name)
+    alike = not structure.learn_sigma and structure.resblock_updown and structure.scale_shift
+    if not named and not alike:
+        return ""
+    return (
+        ". A consistency model (or EDM) of OpenAI's consistency_models has this very layout, and is no DDPM: draw from "
+        "one of those with its own code"
+    )
 
 
 def _base(found: Found, structure: Structure, notes: list[str]) -> dict[str, Any]:

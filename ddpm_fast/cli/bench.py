@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..benchmarking.names import PROVIDERS
-from .options import DTYPES, Device, Json, Network, Settings, Threads, WeightsPreset, assignments, chosen_device
+from .options import (
+    DTYPES,
+    Device,
+    Json,
+    Network,
+    Settings,
+    Threads,
+    Weights,
+    WeightsPreset,
+    assignments,
+    chosen_device,
+)
 from .sources import measured
 from .words import Fits
 
@@ -58,6 +69,7 @@ def bench(
     threads: Threads = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Save all results in this .json file.")] = None,
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -87,7 +99,7 @@ def bench(
     if out is not None and out.suffix.lower() != ".json":
         raise ValueError(f"--out must be a .json file; got {out}")
     _use(threads)
-    checkpoint = measured(source, weights_preset, assignments(settings))
+    checkpoint = measured(source, weights_preset, assignments(settings), weights)
     benchmark.fitting(checkpoint)  # before the roofs, which take seconds
     roofs = [roofline.roofs(where, known.DTYPES[d]) for d in dtypes if known.DTYPES[d] in _multiplied(where)]
     print(roofline.roofs_text(roofs) + "\n")

@@ -19,7 +19,7 @@ import typer
 from .. import stages
 from .._version import __version__
 from . import bench, convert, engine, evaluate, export, profile, sample, train
-from .options import Json, Settings, Source, WeightsPreset, assignments
+from .options import Json, Settings, Source, Weights, WeightsPreset, assignments
 from .words import CLICK_ERROR, command_class
 
 app = typer.Typer(
@@ -66,6 +66,7 @@ def inspect(
     source: Source = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch, for the memory estimate.")] = 1,
     as_json: Json = False,
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -75,7 +76,7 @@ def inspect(
 
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
-    facts = describe(load(source, weights_preset, assignments(settings)), batch_size)
+    facts = describe(load(source, weights_preset, assignments(settings), weights=weights), batch_size)
     print(json.dumps(facts, indent=2) if as_json else describe_text(facts))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Settings, WeightsPreset, assignments, chosen_dtype
+from .options import Settings, Weights, WeightsPreset, assignments, chosen_dtype
 
 
 def convert(
@@ -22,6 +22,7 @@ def convert(
         str | None,
         typer.Option(help="Precision of the stored weights: float32, float16 or bfloat16. Default: float32."),
     ] = None,
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -34,7 +35,7 @@ def convert(
     if to not in checkpoints.TARGETS:
         raise ValueError(f"--to must be {' or '.join(checkpoints.TARGETS)}; got {to}")
     stored = None if dtype is None else chosen_dtype(dtype)
-    checkpoint = checkpoints.load(source, weights_preset, assignments(settings))
+    checkpoint = checkpoints.load(source, weights_preset, assignments(settings), weights=weights)
     for note in checkpoints.convert(checkpoint, out, to, stored):
         print(f"- {note}")
     print(f"{source} ({checkpoint.family}) as {to} in {out}")

@@ -27,6 +27,7 @@ class Drawing:
     """What is drawn, in the words of the command line."""
 
     source: str | None
+    weights: str | None
     preset: str | None
     settings: dict[str, Any]
     n: int
@@ -55,7 +56,7 @@ class Drawing:
     def checkpoint(self) -> Checkpoint:
         from ..checkpoints import load
 
-        return load(self.source, self.preset, self.settings)
+        return load(self.source, self.preset, self.settings, weights=self.weights)
 
     def sampler(self, checkpoint: Checkpoint, device: torch.device) -> Sampler:
         from ..sampler import Sampler

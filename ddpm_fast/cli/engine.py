@@ -17,6 +17,7 @@ from .options import (
     Ops,
     Settings,
     Source,
+    Weights,
     WeightsPreset,
     assignments,
     chosen_device,
@@ -38,6 +39,7 @@ def verify(
     probes: Annotated[int, typer.Option(help="How many of the steps are compared one by one.")] = 8,
     full: Annotated[bool, typer.Option("--full", help="Run all steps of the model's chain and compare each.")] = False,
     as_json: Json = False,
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -48,7 +50,7 @@ def verify(
     where = chosen_device(device)
     if label == "all":
         raise ValueError("--label must be one class here, by number or name; got 'all'")
-    checkpoint = load(source, weights_preset, assignments(settings))
+    checkpoint = load(source, weights_preset, assignments(settings), weights=weights)
     report = verify(
         checkpoint,
         dtype=chosen_dtype(dtype),
@@ -74,6 +76,7 @@ def plan(
     every: Annotated[bool, typer.Option("--all", help="List every launch in order; do not group equal ones.")] = False,
     as_json: Json = False,
     preset_model: Annotated[str | None, typer.Option(hidden=True)] = None,  # formerly the way to name a preset
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -85,7 +88,7 @@ def plan(
 
     if preset_model is None and source in PRESETS and not Path(str(source)).exists():
         source, preset_model = None, source
-    title, config, schedule = described(source, preset_model, weights_preset, assignments(settings))
+    title, config, schedule = described(source, preset_model, weights_preset, assignments(settings), weights)
     planned = plan(config, schedule, batch_size, gpu, chosen_dtype(dtype), steps)
     if as_json:
         print(json.dumps(plan_facts(planned, title, every), indent=2))

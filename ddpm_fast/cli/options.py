@@ -35,6 +35,14 @@ WeightsPreset = Annotated[
         metavar="NAME", help="A known set of settings, for weights that come without a config. A wrong name lists them."
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which of several networks in SOURCE: model, ema, unet, ... Default: the averaged one. A wrong name lists "
+        "them.",
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override one setting by its name. Repeat for more."),

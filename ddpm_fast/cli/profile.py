@@ -20,6 +20,7 @@ from .options import (
     Network,
     Ops,
     Settings,
+    Weights,
     WeightsPreset,
     assignments,
     chosen_device,
@@ -60,6 +61,7 @@ def profile(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Save all numbers in this .json file.")] = None,
     as_json: Json = False,
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -84,7 +86,7 @@ def profile(
                 raise ValueError(f"{path} is a folder; give a file")
             make_folder(path.parent)
     where = chosen_device(device)
-    checkpoint = measured(source, weights_preset, assignments(settings))
+    checkpoint = measured(source, weights_preset, assignments(settings), weights)
     found = measure(
         checkpoint.model,
         checkpoint.schedule,

@@ -9,7 +9,18 @@ import typer
 
 from . import outputs
 from .drawing import Drawing
-from .options import Device, Dtype, Ops, Settings, Source, WeightsPreset, assignments, chosen_device, chosen_dtype
+from .options import (
+    Device,
+    Dtype,
+    Ops,
+    Settings,
+    Source,
+    Weights,
+    WeightsPreset,
+    assignments,
+    chosen_device,
+    chosen_dtype,
+)
 
 if TYPE_CHECKING:
     from ..distributed import World
@@ -74,6 +85,7 @@ def sample(
     film: Annotated[
         Path | None, typer.Option(help="Save the denoising too: a .png (one row an image) or a .gif.")
     ] = None,
+    weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
 ) -> None:
@@ -99,6 +111,7 @@ def sample(
     batch = _number_or("--batch-size", batch_size, "auto")
     drawing = Drawing(
         source,
+        weights,
         weights_preset,
         assignments(settings),
         n,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def measured(source: str | None, preset: str | None, overrides: dict[str, Any]) -> Any:
+def measured(source: str | None, preset: str | None, overrides: dict[str, Any], weights: str | None = None) -> Any:
     """A checkpoint, or a network with random weights from seed 0, on which a speed does not depend."""
     import torch
 
@@ -16,14 +16,19 @@ def measured(source: str | None, preset: str | None, overrides: dict[str, Any]) 
 
     named = source in PRESETS and not Path(str(source)).exists()
     if not named and not (source or "").endswith(".json"):
-        return load(source, preset, overrides)
-    title, config, schedule = described(None if named else source, source if named else None, preset, overrides)
+        return load(source, preset, overrides, weights=weights)
+    preset_model = str(source) if named else None
+    title, config, schedule = described(None if named else source, preset_model, preset, overrides, weights)
     torch.manual_seed(0)
     return Checkpoint(UNet(config).eval(), schedule, f"{title} (random weights)", "random weights", [])
 
 
 def described(
-    source: str | None, preset_model: str | None, preset: str | None, overrides: dict[str, Any]
+    source: str | None,
+    preset_model: str | None,
+    preset: str | None,
+    overrides: dict[str, Any],
+    weights: str | None = None,
 ) -> tuple[str, Any, Any]:
     """(title, UNetConfig, Schedule) of a named network, a config.json, or a checkpoint."""
     from ..checkpoints import load
@@ -32,10 +37,12 @@ def described(
     from ..schedule import Schedule
 
     if preset_model is None and not (source or "").endswith(".json"):
-        checkpoint = load(source, preset, overrides)
+        checkpoint = load(source, preset, overrides, weights=weights)
         return checkpoint.source, checkpoint.model.config, checkpoint.schedule
     if source is not None and preset_model is not None:
         raise ValueError(f"give a SOURCE or --preset-model, not both; got {source!r} and {preset_model!r}")
+    if weights is not None:
+        raise ValueError("--weights is for files with several networks; leave it out here, where weights are random")
     if preset is not None:
         raise ValueError("--weights-preset is for weights without a config; leave it out here")
     if preset_model is not None:

@@ -1,11 +1,12 @@
 """accelerate(pipeline): a diffusers DDPMPipeline or DDIMPipeline in, an object that is called the same way out.
 
-diffusers itself is not imported: see `pipelines`.
+It draws the pipeline's own images, or refuses and names what differs: see `network_check` and `scheduler_check`.
+diffusers itself is not imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,47 +14,35 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import fingerprints
 from .arguments import whole_number
-from .images import check_channels, picture
+from .network_check import check_network
 from .ops import Ops
-from .pipelines import model_of, schedule_of, state_of, unet_of
-from .sampler import DTYPES, Sampler, to_uint8
+from .pipeline_call import (
+    Generators,
+    ImageOutput,
+    check_generator,
+    check_output_type,
+    first_process,
+    global_generator,
+    images_of,
+    refuse_others,
+)
+from .pipelines import check_pipeline, describe, execution_device, model_of, schedule_of, unet_of
+from .sampler import DTYPES, Sampler
 from .schedule import Schedule
+from .scheduler_check import checked_steps
 from .unet import UNet
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 MOST_IMAGES = 2**30  # a pipeline draws all its images together, so the sampler must not cut them into batches
 PROGRESS_UPDATES = 100  # of a progress bar, each of which waits for the device
 
 
-class ImageOutput(Mapping[str, Any]):
-    """What a call returns, by attribute, key or position, as diffusers' ``ImagePipelineOutput``."""
-
-    def __init__(self, images: Any):
-        self.images = images  # list of Pillow images; [N, H, W, C] numpy in [0, 1]; or [N, C, H, W] tensor in [0, 1]
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return {"images": self.images}[key] if isinstance(key, str) else self.to_tuple()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("images",))
-
-    def __len__(self) -> int:
-        return 1
-
-    def __repr__(self) -> str:
-        return f"ImageOutput(images={self.images!r})"
-
-    def to_tuple(self) -> tuple[Any]:
-        return (self.images,)
-
-
 class _Read(NamedTuple):
-    """A pipeline's network, as it was when it was read."""
+    """A pipeline's network, as it was when it was read and compared."""
 
     unet: Any
-    state: object  # of its configuration and weights
+    state: object  # its fingerprint
     model: UNet
 
 
@@ -61,7 +50,7 @@ class _Chain(NamedTuple):
     """What a sampler is made for."""
 
     model: UNet
-    steps: int
+    steps: int | tuple[int, ...]
     schedule: Schedule
     eta: float | None
     dtype: torch.dtype
@@ -71,7 +60,8 @@ class _Chain(NamedTuple):
 class Accelerated:
     """A DDPMPipeline's call signature over a `Sampler`. What it does not have itself, the pipeline answers.
 
-    The pipeline's network and scheduler are read at each call: one that was trained on, moved or replaced is followed.
+    The pipeline's network and scheduler are read at each call: one that was trained on, moved or replaced is followed,
+    and compared with the pipeline's own again. Calls from several threads take turns.
     """
 
     ddim = False
@@ -86,14 +76,31 @@ class Accelerated:
     ):
         self.pipeline, self._ops, self._graph = pipeline, ops, graph
         self._dtype, self._device = dtype, device
-        self._read: _Read | None = None
-        self._sampler: tuple[_Chain, Sampler] | None = None  # it holds a copy of the weights
         self._bar: dict[str, Any] | None = None  # None: the pipeline's
+        self._forget()
+        self._look()
         _computed(self.dtype)
+
+    def _forget(self) -> None:
+        """What is made anew at the next call."""
+        self._read: _Read | None = None
+        self._steps: tuple[object, int | tuple[int, ...]] | None = None  # what they were checked for, and the steps
+        self._sampler: tuple[_Chain, Sampler] | None = None  # it holds a copy of the weights
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        what = f"{type(self).__name__}({describe(self.pipeline)}"
+        try:
+            mine, theirs = (str(d).removeprefix("torch.") for d in (self.dtype, unet_of(self.pipeline).dtype))
+        except (ValueError, AttributeError):  # a pipeline that a call would refuse
+            return what + ")"
+        other = "" if mine == theirs else f" (the pipeline's own network is in {theirs})"
+        ops = self._ops if isinstance(self._ops, str) else self._ops.name
+        return f"{what}; computes in {mine}{other} on {self.device}, ops={ops!r}, graph={self._graph!r})"
 
     @property
     def unet(self) -> Any:
-        """The pipeline's."""
+        """The pipeline's own network, in its own dtype and on its own device: `to` and ``dtype=`` leave it alone."""
         return self.pipeline.unet
 
     @unet.setter
@@ -111,12 +118,13 @@ class Accelerated:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network."""
-        return self._dtype or self._look()[0].dtype
+        """What images are computed in. The pipeline's network may be in another: see `to`."""
+        return self._dtype or unet_of(self.pipeline).dtype
 
     @property
     def device(self) -> torch.device:
-        return self._device or self._look()[0].device
+        """Where images are computed: with offloading, not where the network's weights lie."""
+        return self._device or execution_device(self.pipeline, unet_of(self.pipeline))
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Keyword arguments of tqdm."""
@@ -129,7 +137,18 @@ class Accelerated:
         dtype: torch.dtype | None = None,
         silence_dtype_warnings: bool = False,  # there are none
     ) -> Accelerated:
-        """Compute on another device or in another dtype from now on. The pipeline itself stays where it is."""
+        """Compute on another device or in another dtype from now on: ``to(device, dtype)``, in any order or by name.
+
+        Unlike a pipeline's own ``to``, it changes `dtype` and `device` of this object alone: the pipeline and its
+        ``unet`` stay as they are, so ``fast.unet.dtype`` may differ from ``fast.dtype``. The images are those of the
+        pipeline in that dtype, up to rounding. To convert the network too, call ``fast.pipeline.to(dtype)``.
+
+        Returns:
+            The object itself.
+
+        Raises:
+            ValueError: images are computed in float32, bfloat16 or float16 alone.
+        """
         for target in (*targets, device, dtype):
             if isinstance(target, torch.dtype):
                 self._dtype = _computed(target)
@@ -143,8 +162,12 @@ class Accelerated:
         return getattr(self.pipeline, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is made anew at the next call is neither copied nor pickled."""
-        return {**self.__dict__, "_read": None, "_sampler": None}
+        """The pipeline and the settings: what is made anew at the next call is neither copied nor pickled."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_read", "_steps", "_sampler", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @overload
     def __call__(
@@ -174,13 +197,19 @@ class Accelerated:
         num_inference_steps: int = 1000,
         output_type: str | None = "pil",
         return_dict: bool = True,
+        **others: Any,
     ) -> ImageOutput | tuple[Any]:
         """Draw ``batch_size`` images. Arguments and results are those of ``DDPMPipeline.__call__``.
 
-        With the same generator, or list of one an image, the noise is the pipeline's own in this dtype, and so
+        With the same generator, or list of one per image, the noise is the pipeline's own in this dtype, and so
         are the images up to rounding; without one it comes from torch's global generator of the device, as
-        there. Tensors are float32 in any dtype. Raises ValueError for more steps than the model was trained with.
+        there. Tensors are float32 in any dtype.
+
+        Raises:
+            ValueError: more steps than the model was trained with, or the pipeline would draw other images.
+            TypeError: an argument that ``DDPMPipeline.__call__`` does not have, such as ``callback_on_step_end``.
         """
+        refuse_others(self.pipeline, others)
         return self._call(batch_size, generator, num_inference_steps, output_type, return_dict)
 
     def _call(
@@ -191,49 +220,69 @@ class Accelerated:
         output_type: str | None,
         return_dict: bool,
         eta: float | None = None,
-        **fields: Any,  # of the schedule
+        clipped: bool | None = None,
     ) -> ImageOutput | tuple[Any]:
-        model, schedule = self._look()
-        n, steps = whole_number("batch_size", n), whole_number("num_inference_steps", steps)
-        if n < 0:
-            raise ValueError(f"batch_size must be 0 or more; got {n}")
-        output_type = _output_type(output_type, model.config.in_channels)
-        generator = _generator(generator)
-        dtype, device = self._dtype or model.dtype, self._device or model.device
-        x = self._draw(n, generator, _Chain(model, steps, replace(schedule, **fields), eta, _computed(dtype), device))
-        images: Any
-        if output_type == "pil":
-            images = [picture(image) for image in to_uint8(x).cpu().numpy()]
-        else:
-            images = (x / 2 + 0.5).clamp(0, 1)
-            if output_type != "pt":
-                images = images.cpu().permute(0, 2, 3, 1).numpy()
+        with self._lock:
+            model, schedule = self._look()
+            n, steps = whole_number("batch_size", n), whole_number("num_inference_steps", steps)
+            if n < 0:
+                raise ValueError(f"batch_size must be 0 or more; got {n}")
+            output_type = check_output_type(output_type, model.config.in_channels)
+            generator = check_generator(generator)
+            if self.ddim:
+                schedule = replace(schedule, use_clipped_model_output=bool(clipped))
+            dtype, device = self.dtype, self.device
+            chosen = self._checked_steps(
+                schedule, steps, (model.config.in_channels, model.config.out_channels), eta, clipped
+            )
+            x = self._draw(n, generator, _Chain(model, chosen, schedule, eta, _computed(dtype), device))
+        images = images_of(x, output_type, self.pipeline)
         return ImageOutput(images) if return_dict else (images,)
 
     def _look(self) -> tuple[UNet, Schedule]:
-        """The pipeline's network and process, as they are now."""
-        unet, schedule = unet_of(self.pipeline), schedule_of(self.pipeline, self.ddim)
-        state = state_of(unet)
+        """The pipeline's network and process, as they are now. A network is compared with ours when it is read."""
+        check_pipeline(self.pipeline)
+        outer, unet, schedule = self.pipeline.unet, unet_of(self.pipeline), schedule_of(self.pipeline, self.ddim)
+        state = fingerprints.of_network(outer, unet)
         if self._read is None or self._read.unet is not unet or self._read.state != state:
-            self._read = _Read(unet, state, model_of(unet))
+            self._read = None
+            model = model_of(unet)
+            check_network(outer, unet, model, schedule.num_train_timesteps)
+            if hasattr(outer, "_hf_hook"):  # the comparison may have put the weights on the GPU
+                self.pipeline.maybe_free_model_hooks()
+            moved = fingerprints.of_network(outer, unet)
+            self._read = _Read(unet, moved, model if moved == state else model_of(unet))
         return self._read.model, schedule
+
+    def _checked_steps(
+        self, schedule: Schedule, steps: int, channels: tuple[int, int], eta: float | None, clipped: bool | None
+    ) -> int | tuple[int, ...]:
+        """The steps of the sampler. They are compared with the scheduler's when something has changed."""
+        scheduler = self.pipeline.scheduler
+        key = (fingerprints.of_scheduler(scheduler), schedule, steps, channels, eta, clipped)
+        if self._steps is None or self._steps[0] != key:
+            options = {"eta": eta, "use_clipped_model_output": clipped} if self.ddim else {}
+            chosen = checked_steps(scheduler, schedule, steps, channels, eta, options)
+            self._steps = key, chosen if isinstance(chosen, int) else tuple(chosen)
+        return self._steps[1]
 
     def _draw(self, n: int, generator: Any, chain: _Chain) -> Tensor:
         """x_0 [n, C, H, W], with the pipeline's progress bar."""
         sampler = self._sampler_for(n, chain)
-        sampler.noise = generator if generator is not None else _global_generator(chain.device)
+        sampler.noise = generator if generator is not None else global_generator(chain.device)
         bar_config = getattr(self.pipeline, "_progress_bar_config", None) if self._bar is None else self._bar
-        config = {"disable": not _is_first_process(), **(bar_config or {})}
+        config = {"disable": not first_process(), **(bar_config or {})}
         if config["disable"]:
             return sampler.sample(n)
-        with tqdm(total=chain.steps, **config) as bar:
+        steps = len(sampler.table)
+        with tqdm(total=steps, **config) as bar:
 
             def show(done: int, x: Tensor) -> None:
                 if x.is_cuda:
                     torch.cuda.current_stream(x.device).synchronize()
                 bar.update(done - bar.n)
 
-            return sampler.sample(n, callback=show, interval=-(-chain.steps // PROGRESS_UPDATES))
+            return sampler.sample(n, callback=show, interval=-(-steps // PROGRESS_UPDATES))
 
     def _sampler_for(self, n: int, chain: _Chain) -> Sampler:
         """The sampler at hand, where it is for this chain. On a CPU the length of a batch has a say in ops="auto"."""
@@ -294,36 +343,45 @@ class AcceleratedDDIM(Accelerated):
         use_clipped_model_output: bool | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
+        **others: Any,
     ) -> ImageOutput | tuple[Any]:
         """Draw ``batch_size`` images. Arguments and results are those of ``DDIMPipeline.__call__``.
 
-        Noise and tensors as in `Accelerated`. Raises ValueError for an eta outside [0, 1], where upstream warns.
+        Noise, tensors and errors are those of `Accelerated`. An eta outside [0, 1], for which diffusers warns, is a
+        ValueError.
         """
-        clipped = bool(use_clipped_model_output)
+        refuse_others(self.pipeline, others)
         return self._call(
-            batch_size,
-            generator,
-            num_inference_steps,
-            output_type,
-            return_dict,
-            eta,
-            use_clipped_model_output=clipped,
+            batch_size, generator, num_inference_steps, output_type, return_dict, eta, use_clipped_model_output
         )
 
 
 def accelerate(
     pipeline: Any,
     *,
-    dtype: torch.dtype | None = None,  # of the network; default the pipeline's own
-    device: torch.device | str | None = None,  # default the pipeline's own
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     ops: str | Ops = "auto",
     graph: str = "auto",
 ) -> Accelerated:
-    """A fast stand-in for a diffusers ``DDPMPipeline`` or ``DDIMPipeline``, called in the same way; the pipeline is
-    left as it is.
+    """A fast stand-in for a diffusers ``DDPMPipeline`` or ``DDIMPipeline``, called in the same way. The pipeline
+    is left as it is.
 
-    ops and graph are those of `Sampler`. Raises ValueError for a pipeline that has other parts than they: a
-    UNet2DModel, compiled, wrapped for several devices or plain, and a DDPMScheduler or DDIMScheduler.
+    It draws the pipeline's own images from the same generator, or refuses. Whenever it reads a network, it runs the
+    pipeline's and its own on two small images at two timesteps, and compares the outputs: hooks of accelerate and
+    diffusers that place weights run there too. It follows edited betas and a scheduler's own timesteps, and compares
+    the scheduler's steps with its own.
+
+    Args:
+        pipeline: a UNet2DModel, compiled, wrapped for several devices or plain, with a DDPMScheduler or DDIMScheduler.
+        dtype: of the network; default the pipeline's own.
+        device: default the pipeline's own.
+        ops: as in `Sampler`.
+        graph: as in `Sampler`.
+
+    Raises:
+        ValueError: the pipeline has other parts or code of its own, or draws other images than its configuration and
+            weights say. The message names what differs.
     """
     by_ddim = any(base.__name__ == "DDIMPipeline" for base in type(pipeline).__mro__)
     where = None if device is None else torch.device(device)
@@ -334,33 +392,3 @@ def _computed(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise ValueError(f"accelerate computes in {', '.join(DTYPES)}; got {dtype}; name one of them by dtype=")
     return dtype
-
-
-def _output_type(name: str | None, channels: int) -> str:
-    name = name or "np"
-    if name not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {name!r}")
-    if name == "pil":  # now, not when the images are drawn
-        check_channels(channels, "take output_type='np'")
-    return name
-
-
-def _generator(given: Any) -> torch.Generator | list[torch.Generator] | None:
-    each = list(given) if isinstance(given, (list, tuple)) else [given]
-    if given is not None and not (each and all(isinstance(g, torch.Generator) for g in each)):
-        raise ValueError(f"generator must be a torch.Generator, a list of one an image, or None; got {given!r}")
-    return each if isinstance(given, (list, tuple)) else given
-
-
-def _is_first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-def _global_generator(device: torch.device) -> torch.Generator:
-    """The generator that torch.randn on ``device`` draws from when none is named."""
-    if device.type == "cuda":
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator

@@ -1,0 +1,322 @@
+"""accelerate compares a pipeline's network with its own whenever it reads one.
+
+The oracle is the pipeline itself, in the same process: what is refused changes its images, or is code that could.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor
+from dropin_setup import difference, drawn, pipeline
+from torch import Tensor, nn
+
+import ddpm_fast as df
+from ddpm_fast import dropin
+from ddpm_fast.network_check import TIMES_OURS, check_network
+from ddpm_fast.pipelines import model_of
+
+
+def circular(p: Any) -> None:
+    for module in p.unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+
+
+def one_padding(p: Any) -> None:
+    p.unet.up_blocks[0].resnets[0].conv2.padding_mode = "reflect"
+
+
+def replaced_forward(module: Any) -> None:
+    forward = module.forward
+
+    def brighter(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return result + 0.1
+        result.sample = result.sample + 0.1
+        return result
+
+    module.forward = brighter
+
+
+def late(module: Any, args: Any, output: Any) -> None:
+    """Acts at some timesteps alone, which no trial at others can find."""
+    if int(args[1]) < 5:
+        output.sample.mul_(-1)
+
+
+class Loud(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.5
+
+
+class Mixing(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(0, keepdim=True).expand(x.shape)
+
+
+class Noisy(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn_like(x)
+
+
+class Uniform:
+    """An attention processor that looks at nothing."""
+
+    def __call__(self, attention: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+def swapped(name: str, kind: type[nn.Module], *args: int) -> Callable[[Any], None]:
+    """Put a module of another class in the place of one, with the same weights."""
+
+    def change(p: Any) -> None:
+        module = kind(*args)
+        module.__dict__.update(getattr(p.unet, name).__dict__)
+        setattr(p.unet, name, module)
+
+    return change
+
+
+NETWORKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "circular": (circular, "conv_in.padding_mode is 'circular', not 'zeros'"),
+    "one padding": (one_padding, "up_blocks.0.resnets.0.conv2.padding_mode is 'reflect', not 'zeros'; undo"),
+    "scale": (lambda p: setattr(p.unet.mid_block.resnets[1], "output_scale_factor", 2.0), "output_scale_factor is 2.0"),
+    "another module": (swapped("conv_out", Loud, 1, 1, 1), "conv_out is a Loud, not a Conv2d"),
+    "images mixed": (swapped("conv_norm_out", Mixing, 1, 1), "conv_norm_out is a Mixing, not a GroupNorm"),
+    "noise": (swapped("conv_norm_out", Noisy, 1, 1), "conv_norm_out is a Noisy, not a GroupNorm"),
+    "activation": (lambda p: setattr(p.unet, "conv_act", nn.Tanh()), "conv_act is a Tanh, not a SiLU"),
+    "hook": (lambda p: p.unet.register_forward_hook(late), r"leave out: a forward hook \(late\); remove it first"),
+    "pre-hook": (
+        lambda p: p.unet.mid_block.register_forward_pre_hook(lambda module, args: (args[0] * 0.5, *args[1:])),
+        r"a forward pre-hook on mid_block \(.*lambda.*\)",
+    ),
+    "forward": (lambda p: replaced_forward(p.unet), "leave out: forward, replaced by .*brighter"),
+    "mid forward": (lambda p: replaced_forward(p.unet.mid_block), "mid_block.forward, replaced by .*brighter"),
+    "processor": (
+        lambda p: setattr(p.unet.mid_block.attentions[0], "processor", Uniform()),
+        r"an attention processor on mid_block.attentions.0 \(Uniform\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_computes_something_else_is_refused(name: str, when: str):
+    change, message = NETWORKS[name]
+    p = pipeline()
+    plain = drawn(p)
+    fast = df.accelerate(p) if when == "after" else None
+    if fast is not None:
+        assert difference(drawn(fast), plain) <= 5e-5
+    change(p)
+    assert difference(drawn(p), plain) > 1e-3
+    with pytest.raises(ValueError, match=message) as error:
+        df.accelerate(p) if fast is None else drawn(fast)
+    assert "\n" not in str(error.value)
+
+
+def test_dropout_that_is_in_force_is_refused():
+    p = pipeline(dropout=0.2)
+    fast = df.accelerate(p)
+    plain = drawn(p)
+    p.unet.train()
+    assert difference(drawn(p), plain) > 1e-3
+    with pytest.raises(ValueError, match=r"in training mode with dropout 0.2.*call pipeline.unet.eval\(\) first"):
+        drawn(fast)
+    p.unet.eval()
+    assert difference(drawn(fast), plain) <= 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_far_below_what_is_refused_and_padding_far_above(dtype: torch.dtype):
+    """The limit is several times our own rounding; circular padding must be several times the limit."""
+    p = pipeline()
+    p.unet.to(dtype)
+    check_network(p.unet, p.unet, model_of(p.unet), 20)
+    circular(p)
+    with pytest.raises(ValueError) as error:
+        check_network(p.unet, p.unet, model_of(p.unet), 20)
+    found = re.search(r"differs by (\S+) of its scale, where rounding gives (\S+);", str(error.value))
+    assert found is not None
+    off, rounding = map(float, found.groups())
+    assert off > 4 * TIMES_OURS * rounding
+    assert rounding < {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+
+
+class Silent(nn.GroupNorm):
+    """The same values by other code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clone())
+
+
+class OneSize(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 24:
+            raise RuntimeError("made for 24 pixels")
+        return super().forward(x)
+
+
+class Broken(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("boom\nand more")
+
+
+def compiled_forward(p: Any) -> None:
+    p.unet.forward = torch.compile(p.unet.forward)  # compiles at its first call, which never comes
+
+
+SAME: dict[str, Callable[[Any], Any]] = {
+    "training mode without dropout": lambda p: p.unet.train(),
+    "another attention processor": lambda p: setattr(p.unet.mid_block.attentions[0], "processor", AttnProcessor()),
+    "channels_last": lambda p: p.unet.to(memory_format=torch.channels_last),
+    "another class": swapped("conv_norm_out", Silent, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_network_that_computes_the_same_is_taken(name: str):
+    p = pipeline()
+    SAME[name](p)
+    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+
+
+def test_compiled_networks_are_not_compiled_for_the_trial():
+    for change in (compiled_forward, lambda p: p.unet.compile()):
+        p = pipeline()
+        expected = drawn(p)
+        change(p)
+        with torch.compiler.set_stance("fail_on_recompile"):  # so that a compilation would be an error
+            assert difference(drawn(df.accelerate(p)), expected) <= 5e-5
+
+
+def test_a_network_of_one_size_is_tried_at_that_size():
+    p = pipeline(sample_size=24)
+    swapped("conv_in", OneSize, 1, 1, 1)(p)
+    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+    swapped("conv_in", Broken, 1, 1, 1)(p)
+    with pytest.raises(ValueError, match=r"the pipeline's own network does not run: RuntimeError: boom$"):
+        df.accelerate(p)
+
+
+def test_a_trial_leaves_random_states_and_the_caller_s_autocast_alone():
+    p = pipeline()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    fast = df.accelerate(p)
+    assert torch.equal(torch.rand(2), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert difference(drawn(df.accelerate(p)), drawn(fast)) == 0
+    swapped("conv_norm_out", Noisy, 1, 1)(p)
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match="Noisy"):
+        df.accelerate(p)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_network_is_tried_again_only_when_it_has_changed(monkeypatch: pytest.MonkeyPatch):
+    tried, check = [], dropin.check_network
+    monkeypatch.setattr(dropin, "check_network", lambda *a: tried.append("network") or check(*a))
+    steps, check_steps = [], dropin.checked_steps
+    monkeypatch.setattr(dropin, "checked_steps", lambda *a: steps.append(a[2]) or check_steps(*a))
+    p = pipeline()
+    fast = df.accelerate(p)
+    for _ in range(2):
+        drawn(fast)
+        drawn(p)  # which calls set_timesteps
+    assert tried == ["network"] and steps == [10]
+    drawn(fast, num_inference_steps=5)
+    handle = p.unet.mid_block.register_forward_hook(late)
+    with pytest.raises(ValueError, match="mid_block"):
+        drawn(fast)
+    handle.remove()
+    drawn(fast)
+    assert tried == ["network"] * 3 and steps == [10, 5, 10]
+    p.scheduler.variance_type = "fixed_small_log"
+    with pytest.raises(ValueError, match="DDPMScheduler takes other steps"):
+        drawn(fast)
+    assert tried == ["network"] * 3 and len(steps) == 4
+
+
+class CpuOffload:
+    """As accelerate's hook of that name: weights that lie elsewhere, the same outputs."""
+
+    execution_device = "cpu"
+
+    def pre_forward(self, module: Any, *args: Any) -> None:
+        for p in module.parameters():
+            p.data = p.data.clone()
+
+
+def hooked(module: Any, hook: Any) -> None:
+    """As accelerate's add_hook_to_module."""
+
+    def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        module._hf_hook.pre_forward(module, *args)
+        return module._old_forward(*args, **kwargs)
+
+    new_forward.__module__ = type(hook).__module__ = "accelerate.hooks"
+    module._hf_hook, module._old_forward = hook, module.forward
+    module.forward = functools.partial(new_forward, module)
+
+
+def test_hooks_that_place_weights_are_let_through_and_others_are_not():
+    p = pipeline()
+    hooked(p.unet, CpuOffload())
+    fast = df.accelerate(p)
+    assert fast.device == torch.device("cpu") and difference(drawn(fast), drawn(p)) <= 5e-5
+
+    class Watching(CpuOffload):
+        pass
+
+    p = pipeline()
+    hooked(p.unet.mid_block, Watching())
+    with pytest.raises(ValueError, match=r"mid_block\.forward, replaced by Watching; remove it first"):
+        df.accelerate(p)
+    p = pipeline()
+    replaced_forward(p.unet)
+    hooked(p.unet, CpuOffload())  # over a forward that is another already
+    with pytest.raises(ValueError, match="forward, replaced by CpuOffload"):
+        df.accelerate(p)
+
+
+def test_where_the_pipeline_executes_is_where_images_are_drawn(monkeypatch: pytest.MonkeyPatch):
+    """With model offloading the weights lie on the CPU, and the pipeline draws on the GPU."""
+    p = pipeline()
+    fast = df.accelerate(p)
+    hook = CpuOffload()
+    hook.execution_device = "cuda:0"
+    p.unet._hf_hook = hook
+    assert fast.device == torch.device("cuda:0") and fast.to("cpu").device == torch.device("cpu")
+
+
+def test_weights_kept_in_another_dtype_than_they_compute_in():
+    p = pipeline()
+    p.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    fast = df.accelerate(p)
+    assert fast.dtype == torch.float32 and difference(drawn(fast), drawn(p)) <= 5e-5
+
+
+def test_a_subclass_of_the_network():
+    class Same(UNet2DModel):
+        pass
+
+    class Other(UNet2DModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    p = pipeline()
+    p.unet.__class__ = Same
+    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+    p.unet.__class__ = Other
+    with pytest.raises(ValueError, match="around a UNet2DModel; this one has a Other, whose forward is its own"):
+        df.accelerate(p)

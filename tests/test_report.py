@@ -150,7 +150,7 @@ class Parts(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br"):
+        if tag not in ("meta", "link", "br", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -306,18 +306,33 @@ def test_it_shows_the_numbers_of_the_json(browser: Any, files: dict[str, Path], 
         for texts, row, made in zip(shown, facts["rows"], cpu.rows):
             assert texts[0].startswith(row["operation"])
             assert texts[0].endswith(re.sub(r"(?<=\d)x(?=\d)", "\u00d7", row["detail"]))
-            assert texts[1] == str(row["calls"]) and texts[2] == f"{row['seconds'] * 1e3:.3f}"
-            assert texts[3] == f"{row['share']:.1%}" and texts[5] == f"{row['bytes'] / 1e6:.2f}"
-            assert texts[4] == (f"{row['flops'] / 1e9:.3f}" if row["flops"] else "-")
-            assert texts[6:] == list(cells(made)[7:])
+            said = dict(zip((title for title, _, _ in COLUMNS), texts))
+            assert said["Calls"] == str(row["calls"]) and said["ms"] == f"{row['seconds'] * 1e3:.3f}"
+            assert said["Share"] == f"{row['share']:.1%}" and said["MB"] == f"{row['bytes'] / 1e6:.2f}"
+            assert said["GFLOP"] == (f"{row['flops'] / 1e9:.3f}" if row["flops"] else "-")
+            others = ("TFLOP/s", "GB/s", "Bound", "Of roof", "Gap, ms")
+            assert [said[name] for name in others] == list(cells(made)[7:])
         for number, (_, key, is_number) in enumerate(COLUMNS[1:], 1):
             values = column(page, number)
             assert [float(v) if is_number else v for v in values] == [row[key] for row in facts["rows"]]
+        sums = page.locator("#operations tfoot tr").all_inner_texts()
+        step, calls, other = facts["step"], len(facts["calls"]), f"{facts['step']['other_s'] * 1e3:.3f}"
+        assert sums[0].split()[-3:] == [other, other, f"{step['other_s'] / step['sum_s']:.1%}"]
+        gap = f"{(step['sum_s'] - step['roof_s']) * 1e3:.3f}"
+        assert sums[1].split()[4:] == [
+            gap, f"{step['sum_s'] * 1e3:.3f}", "100.0%", f"{step['roof_s'] / step['sum_s']:.0%}", str(calls)
+        ]  # fmt: skip
         figures = page.locator(".figures dd").all_inner_texts()
-        assert (
-            figures[0] == f"{facts['step']['at_work_s'] * 1e3:.2f}"
-            and figures[1] == f"{facts['step']['roof_share']:.0%}"
-        )
+        assert figures == [
+            short(facts["images_per_s"]), f"{step['at_work_s'] * 1e3:.2f}", f"{step['roof_share']:.0%}"
+        ]  # fmt: skip
+        lines = page.locator(".plot.flops .line").all_inner_texts()
+        roof = cpu.roofs["float32"]
+        assert lines == [
+            f"convolution {quantity(roof.conv_flops_per_s, 'FLOP/s')}",
+            f"product {quantity(roof.gemm_flops_per_s, 'FLOP/s')}",
+            f"copy {quantity(roof.copy_bytes_per_s, 'B/s')}",
+        ]
         assert page.locator(".bars li").count() == len(facts["kinds"]) + 1
         assert page.locator("h1").inner_text() == EVIL and page.title().startswith(EVIL)
 
@@ -326,12 +341,12 @@ def test_it_sorts_by_clicks_and_keys(browser: Any, files: dict[str, Path]):
     with Shown(browser, files["cpu"], 1200) as page:
         heads = page.locator("#operations thead th")
         sorts = lambda: [heads.nth(i).get_attribute("aria-sort") for i in range(heads.count())]  # noqa: E731
-        last = len(COLUMNS) - 1
-        gaps = [float(v) for v in column(page, last)]
-        assert gaps == sorted(gaps, reverse=True) and sorts() == [None] * last + ["descending"]
+        gaps = [float(v) for v in column(page, 1)]
+        rest = [None] * (len(COLUMNS) - 2)
+        assert gaps == sorted(gaps, reverse=True) and sorts() == [None, "descending", *rest]
         heads.nth(2).get_by_role("button").click()
         times = [float(v) for v in column(page, 2)]
-        assert times == sorted(times, reverse=True) and sorts()[2] == "descending" and sorts()[last] is None
+        assert times == sorted(times, reverse=True) and sorts()[2] == "descending" and sorts()[1] is None
         heads.nth(2).get_by_role("button").click()
         assert [float(v) for v in column(page, 2)] == sorted(times) and sorts()[2] == "ascending"
         heads.nth(0).get_by_role("button").focus()
@@ -340,8 +355,8 @@ def test_it_sorts_by_clicks_and_keys(browser: Any, files: dict[str, Path]):
         assert names == sorted(names) and sorts()[0] == "ascending"
         page.keyboard.press("Tab")
         page.keyboard.press("Space")
-        calls = [float(v) for v in column(page, 1)]
-        assert calls == sorted(calls, reverse=True) and sorts()[1] == "descending"
+        again = [float(v) for v in column(page, 1)]
+        assert again == gaps and sorts()[1] == "descending"
 
 
 def test_points_are_where_they_belong_and_tell_what_they_are(browser: Any, files: dict[str, Path], cpu: Profile):
@@ -399,6 +414,69 @@ def test_it_fits_a_phone(name: str, dark: bool, browser: Any, files: dict[str, P
         edges = page.locator("#tip").bounding_box()
         assert page.locator("#tip").is_visible() and edges["x"] >= 0 and edges["x"] + edges["width"] <= 375
         assert page.evaluate("document.documentElement.scrollWidth") == 375
+
+
+OVERLAPS = """() => {
+  // Boxes of the texts in and around the drawings, and of the dots: [text, text or dot, ...] that share pixels.
+  const box = (e) => e.getBoundingClientRect();
+  const shared = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.5;
+  const found = [];
+  for (const plot of document.querySelectorAll(".plot")) {
+    const texts = [...plot.querySelectorAll("*")].filter(e => [...e.childNodes].some(n => n.nodeType === 3));
+    const dots = [...plot.querySelectorAll(".dot")];
+    texts.forEach((text, i) => [...texts.slice(i + 1), ...dots].forEach((other) => {
+      if (shared(box(text), box(other))) found.push(text.innerText + " | " + (other.innerText || other.dataset.tip));
+    }));
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_no_text_lies_on_a_dot_or_on_another_text(name: str, width: int, browser: Any, files: dict[str, Path]):
+    with Shown(browser, files[name], width) as page:
+        assert page.evaluate(OVERLAPS) == []
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        beyond = page.evaluate(
+            """() => [...document.querySelectorAll("header *, section > *, .plot *, .bars *, .figures *, .chart *")]
+               .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
+               .map(e => e.outerHTML.slice(0, 80))"""
+        )
+        assert beyond == []
+        figures, note = page.locator(".figures").bounding_box(), page.locator(".figures + *").first
+        if note.count():
+            assert note.bounding_box()["y"] >= figures["y"] + figures["height"]
+
+
+def test_a_phone_shows_the_column_that_the_table_is_sorted_by(browser: Any, files: dict[str, Path]):
+    """At first, and after sorting by any other: whole, beside the names."""
+    with Shown(browser, files["cpu"], 390) as page:
+        heads = page.locator("#operations thead th")
+        frame = page.locator(".scroll").bounding_box()
+
+        def in_sight(number: int) -> bool:
+            names = heads.nth(0).bounding_box()
+            edges = page.locator(f"#operations tbody tr:first-child > :nth-child({number + 1})").bounding_box()
+            left = names["x"] + names["width"] if number else frame["x"]
+            return left - 0.5 <= edges["x"] and edges["x"] + edges["width"] <= frame["x"] + frame["width"] + 0.5
+
+        assert in_sight(1) and heads.nth(1).get_attribute("aria-sort") == "descending"
+        assert heads.nth(0).bounding_box()["width"] < frame["width"] / 2
+        for number in (*range(1, len(COLUMNS)), 1, 0):
+            heads.nth(number).get_by_role("button").evaluate("button => button.click()")  # scrolls nothing by itself
+            assert in_sight(number), COLUMNS[number]
+
+
+@pytest.mark.parametrize(("ratio", "shown"), [(0.9, False), (1.0, False), (1.19, False), (1.35, True)])
+def test_the_instruments_are_named_only_when_they_cost_much(ratio: float, shown: bool, cpu: Profile):
+    slowed = replace(cpu, plain_s=cpu.timed_s / ratio)
+    assert slowed.instrumented_ratio == pytest.approx(ratio)
+    text = "".join(Parts(page(slowed)).words)
+    assert ("as long a step while it was timed call by call1.35\u00d7" in text) == shown
+    assert ("as long a step" in text) == shown
+    assert f"{slowed.timed_s * 1e3:.3f} ms with them" in text  # said under "How this was measured" in any case
 
 
 def test_it_draws_the_gpu_over_time(browser: Any, files: dict[str, Path], gpu: Profile):

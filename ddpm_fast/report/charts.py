@@ -128,25 +128,17 @@ def _products(p: Profile, rows: Sequence[Row]) -> str:
         _dot(row, x(row.flops / row.bytes), y(row.flops_per_s), f"{short(row.flops / row.bytes)} FLOP/byte")
         for row in sorted(rows, key=lambda row: -row.seconds)
     ]
-    names = [_roof_name(f"convolution {quantity(conv, 'FLOP/s')}", y(conv), conv >= gemm)]
-    if abs(y(conv) - y(gemm)) > 0.5:
-        names.append(_roof_name(f"product {quantity(gemm, 'FLOP/s')}", y(gemm), gemm > conv))
-    # At the foot of the slope, or where it enters the drawing.
-    foot = max(left, 10.0**y.low / bandwidth)
-    names.append(
-        f'<span class="name memory" style="left:{x(foot):.2f}%;bottom:{y(foot * bandwidth):.2f}%">'
-        f"copy {quantity(bandwidth, 'B/s')}</span>"
-    )
+    names = [
+        ("convolution", f"convolution {quantity(conv, 'FLOP/s')}"),
+        ("product", f"product {quantity(gemm, 'FLOP/s')}"),
+        ("copy", f"copy {quantity(bandwidth, 'B/s')}"),
+    ]
     return _plot("flops", "FLOP/s", x, y, lines, dots, names, "FLOP a byte moved")
 
 
 def _line(x: LogAxis, y: LogAxis, css: str, *points: tuple[float, float]) -> str:
     drawn = " ".join(f"{x(a):.3f},{100 - y(b):.3f}" for a, b in points)
     return f'<polyline class="{css}" points="{drawn}" vector-effect="non-scaling-stroke"/>'
-
-
-def _roof_name(text: str, at: float, above: bool) -> str:
-    return f'<span class="name {"above" if above else "below"}" style="bottom:{at:.2f}%">{text}</span>'
 
 
 def _bandwidth(p: Profile, rows: Sequence[Row]) -> str:
@@ -159,7 +151,7 @@ def _bandwidth(p: Profile, rows: Sequence[Row]) -> str:
     dots = []
     for i, row in enumerate(sorted(rows, key=lambda row: -row.seconds)):
         dots.append(_dot(row, 20 + 60 * (i * 0.618 % 1), y(row.bytes_per_s), "no matrix product"))
-    return _plot("bytes", "B/s", None, y, lines, dots, [_roof_name("copy", y(bandwidth), True)], "no products")
+    return _plot("bytes", "B/s", None, y, lines, dots, [("flat", f"copy {quantity(bandwidth, 'B/s')}")], "no products")
 
 
 def _plot(
@@ -169,7 +161,7 @@ def _plot(
     y: LogAxis,
     lines: Sequence[str],
     dots: Sequence[str],
-    names: Sequence[str],
+    roofs: Sequence[tuple[str, str]],  # the lines' CSS class and name, said above the drawing, where no dot is
     below: str,
 ) -> str:
     grid = [f'<line x1="0" x2="100" y1="{100 - y(v):.3f}" y2="{100 - y(v):.3f}"/>' for v in y.ticks]
@@ -179,10 +171,11 @@ def _plot(
         ticks += [f'<span class="xtick" style="left:{x(v):.2f}%">{_plain(v)}</span>' for v in x.ticks]
     grid = [g.replace("/>", ' vector-effect="non-scaling-stroke"/>') for g in grid]
     label = f"{len(dots)} operations by {unit}, {below}; arrow keys go from one to the next"
+    names = "".join(f'<span class="line {kind}"><i aria-hidden="true"></i>{name}</span>' for kind, name in roofs)
     return (
-        f'<figure class="plot {css}"><div class="area" role="group" aria-label="{label}">'
+        f'<figure class="plot {css}"><p class="lines">{names}</p><div class="area" role="group" aria-label="{label}">'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true"><g class="grid">{"".join(grid)}</g>'
-        f"{''.join(lines)}</svg>{''.join(ticks)}{''.join(names)}{''.join(dots)}</div>"
+        f"{''.join(lines)}</svg>{''.join(ticks)}{''.join(dots)}</div>"
         f"<figcaption>{below}</figcaption></figure>"
     )
 

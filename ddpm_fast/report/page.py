@@ -15,20 +15,22 @@ from ..profiling.text import cells, gpu_note, short
 from .charts import kind_bars, kind_class, quantity, roofline, series_chart, step_strip
 from .files import facts
 
-# Of the table: heading, what its cells sort by, and whether they are numbers.
+# The table's columns: heading, the fact that its cells show and sort by, and whether that is a number. The one that it
+# is sorted by at first stands beside the names, where a phone shows it.
 COLUMNS: tuple[tuple[str, str, bool], ...] = (
     ("Operation", "operation", False),
-    ("Calls", "calls", True),
+    ("Gap, ms", "gap_s", True),
     ("ms", "seconds", True),
     ("Share", "share", True),
+    ("Of roof", "roof_share", True),
+    ("Bound", "bound", False),
+    ("Calls", "calls", True),
     ("GFLOP", "flops", True),
     ("MB", "bytes", True),
     ("TFLOP/s", "flops_per_s", True),
     ("GB/s", "bytes_per_s", True),
-    ("Bound", "bound", False),
-    ("Of roof", "roof_share", True),
-    ("Gap, ms", "gap_s", True),
 )
+NOTICEABLE = 1.2  # a step that takes longer than this, times its ordinary time, is slowed by being timed
 
 
 def page(p: Profile) -> str:
@@ -91,11 +93,12 @@ def _lead(p: Profile) -> str:
 
 def _figures(p: Profile) -> str:
     shown = [
+        (short(p.images_per_s), f"images a second over {p.chain:,} steps, extrapolated"),
         (f"{p.work_s * 1e3:.2f}", "ms a step"),
         (f"{p.roof_s / p.work_s:.0%}", "of what the roofs allow"),
-        (short(p.images_per_s), f"images a second over {p.chain:,} steps, extrapolated"),
-        (f"{p.instrumented_ratio:.2f}\u00d7", "as long a step while it was timed call by call"),
     ]
+    if p.instrumented_ratio > NOTICEABLE:
+        shown.append((f"{p.instrumented_ratio:.2f}\u00d7", "as long a step while it was timed call by call"))
     for gpu in p.gpus:
         joules = p.joules_per_image(gpu)
         if joules is not None:
@@ -193,7 +196,7 @@ def _table(p: Profile) -> str:
     heads = []
     for title, key, number in COLUMNS:
         sort = ' aria-sort="descending"' if key == "gap_s" else ""
-        css = ' class="num"' if number else ""
+        css = ' class="num"' if number else ' class="word"' if heads else ""
         heads.append(f'<th scope="col"{css}{sort}><button type="button" data-key="{key}">{title}</button></th>')
     body = "".join(_row(row) for row in p.rows)
     other = f"{p.other_s * 1e3:.3f}"
@@ -203,12 +206,11 @@ sorts by its column, and an operation opens into its layers.</p>
 <table id="operations" aria-labelledby="every-operation">
 <thead><tr>{"".join(heads)}</tr></thead>
 <tbody>{body}</tbody>
-<tfoot><tr><th scope="row">in no operation</th><td></td><td class="num">{other}</td>
-<td class="num">{p.other_s / p.step_s:.1%}</td><td colspan="6"></td><td class="num">{other}</td></tr>
-<tr><th scope="row">sum of a step</th><td class="num">{len(p.calls)}</td>
-<td class="num">{p.step_s * 1e3:.3f}</td>
-<td class="num">100.0%</td><td colspan="5"></td><td class="num">{p.roof_s / p.step_s:.0%}</td>
-<td class="num">{(p.step_s - p.roof_s) * 1e3:.3f}</td></tr></tfoot>
+<tfoot><tr><th scope="row">in no operation</th><td class="num">{other}</td><td class="num">{other}</td>
+<td class="num">{p.other_s / p.step_s:.1%}</td><td colspan="7"></td></tr>
+<tr><th scope="row">sum of a step</th><td class="num">{(p.step_s - p.roof_s) * 1e3:.3f}</td>
+<td class="num">{p.step_s * 1e3:.3f}</td><td class="num">100.0%</td><td class="num">{p.roof_s / p.step_s:.0%}</td>
+<td></td><td class="num">{len(p.calls)}</td><td colspan="4"></td></tr></tfoot>
 </table></div>"""
 
 
@@ -216,27 +218,26 @@ def _row(row: Row) -> str:
     line, text = row.line, cells(row)
     name = f'<span class="op {kind_class(line.operation)}"><i></i>{escape(line.operation)}</span>'
     if len(row.layers) == 1:
-        name += f' <span class="layer">{escape(row.layers[0])}</span>'
+        name += f' <span class="layer">{_breakable(row.layers[0])}</span>'
     elif row.layers:
-        layers = "<br>".join(escape(layer) for layer in row.layers)
+        layers = "<br>".join(_breakable(layer) for layer in row.layers)
         name = f"<details><summary>{name} <span>{len(row.layers)} layers</span></summary><div>{layers}</div></details>"
     what = _times(f"{escape(line.input)} \u2192 {escape(line.output)}")
     detail = _times(escape(line.detail))
     numbers: list[tuple[Any, str, bool]] = [
-        (row.calls, text[0], True),
+        (row.gap_s, text[11], True),
         (row.seconds, text[5], True),
         (row.share, text[6], True),
+        (row.roof_share, text[10], True),
+        (row.bound, text[9], False),
+        (row.calls, text[0], True),
         (row.flops, f"{row.flops / 1e9:.3f}" if row.flops else "-", True),
         (row.bytes, f"{row.bytes / 1e6:.2f}", True),
         (row.flops_per_s, text[7], True),
         (row.bytes_per_s, text[8], True),
-        (row.bound, text[9], False),
-        (row.roof_share, text[10], True),
-        (row.gap_s, text[11], True),
     ]
     drawn = "".join(
-        f'<td{" class=" + chr(34) + "num" + chr(34) if number else ""} data-value="{escape(str(value))}">'
-        f"{escape(shown)}</td>"
+        f'<td class="{"num" if number else "word"}" data-value="{escape(str(value))}">{escape(shown)}</td>'
         for value, shown, number in numbers
     )
     key = escape(f"{line.operation} {line.input} {line.output} {line.detail}")
@@ -244,6 +245,11 @@ def _row(row: Row) -> str:
         f'<tr><th scope="row" data-value="{key}">{name}<small>{what}</small>'
         f"{f'<small>{detail}</small>' if detail else ''}</th>{drawn}</tr>"
     )
+
+
+def _breakable(layer: str) -> str:
+    """A layer's dotted name, which may go on in the next line after each part."""
+    return escape(layer).replace(".", ".<wbr>")
 
 
 def _times(text: str) -> str:

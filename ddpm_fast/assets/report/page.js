@@ -46,6 +46,18 @@
 
   const table = document.getElementById("operations");
   const heads = [...table.tHead.rows[0].cells];
+  const scroll = table.parentElement;
+
+  // On a phone the names stay at the left while the numbers scroll: beside them, not under them.
+  function reveal(head) {
+    if (head === heads[0]) return;
+    const covered = getComputedStyle(heads[0]).position === "sticky" ? heads[0].getBoundingClientRect().width : 0;
+    const box = head.getBoundingClientRect(), left = scroll.getBoundingClientRect().left;
+    const before = box.left - left - covered, after = box.right - left - scroll.clientWidth;
+    if (before < 0) scroll.scrollLeft += Math.floor(before);
+    else if (after > 0) scroll.scrollLeft += Math.ceil(after);
+  }
+
   heads.forEach((head, column) => {
     const number = head.classList.contains("num");
     head.querySelector("button").addEventListener("click", () => {
@@ -59,6 +71,7 @@
         return (x < y ? -1 : x > y ? 1 : 0) * (order === "descending" ? -1 : 1);
       });
       table.tBodies[0].append(...rows);
+      reveal(head);
     });
   });
 })();

@@ -21,7 +21,7 @@ from ddpm_fast.config import UNetConfig
 from ddpm_fast.engine import CallableProgram, EagerRunner, StepProgram
 from ddpm_fast.engine import program as engine
 from ddpm_fast.engine.prepared import prepare
-from ddpm_fast.house_rule import check
+from ddpm_fast.house_rule import check, error, within, worst
 from ddpm_fast.kernels.reference import INITIAL_STEP
 from ddpm_fast.ops import buffers
 from ddpm_fast.ops.buffers import Memory, Plan
@@ -85,6 +85,39 @@ def oracle(
 # --- against the plain loop ---
 
 
+def predict(model: UNet, x: Tensor, t: int, labels: Tensor | None, guidance: float | None) -> Tensor:
+    """The network's output for x, in float32 at least; guided where that is wanted."""
+    x = x.to(model.dtype)
+    out = model(x, t, labels)
+    if guidance is not None:
+        null, c = model(x, t, torch.full_like(labels, model.config.num_class_embeds - 1)), SHAPE[0]
+        out = torch.cat((null[:, :c] + guidance * (out[:, :c] - null[:, :c]), out[:, c:]), 1)
+    return out
+
+
+def rounding(schedule: Schedule, t: int, prev_t: int, x: Tensor, out: Tensor, z: Tensor) -> Tensor:
+    """How far one float32 step may be from float64 on the same x, output and noise: a bound for each element.
+
+    With u = 2^-24: x_0 = kx x + ko out rounds each of its terms three times (coefficient, product, sum), and clipping
+    costs nothing; x_{t-1} = c0 x_0 + cx x + sigma z rounds each of its terms four times more. z itself is off by 64 u
+    = 2^-18: its angle 2 pi u is rounded at 2^-22, and multiplied by a radius below 7. A learned sigma is the
+    exponential of a logarithm of up to 20 that is rounded three times: 60 u. Thresholding divides by a quantile of
+    x_0, which is off by as much as the image's worst x_0.
+    """
+    u, alpha = 2.0**-24, float(schedule.alphas_cumprod[t])
+    alpha_prev = float(schedule.alphas_cumprod[prev_t]) if prev_t >= 0 else 1.0
+    a = alpha / alpha_prev
+    if schedule.prediction_type == "epsilon":
+        kx, ko = alpha**-0.5, (1 / alpha - 1) ** 0.5
+    else:
+        kx, ko = alpha**0.5, (1 - alpha) ** 0.5
+    c0, cx = alpha_prev**0.5 * (1 - a) / (1 - alpha), a**0.5 * (1 - alpha_prev) / (1 - alpha)
+    x0 = kx * x.abs() + ko * out[:, : x.shape[1]].abs()
+    if schedule.thresholding:
+        x0 = 2 * x0.amax((1, 2, 3), keepdim=True)
+    return u * (7 * c0 * x0 + 4 * cx * x.abs() + 64 * z.abs() + 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "schedule", "kwargs"),
     [
@@ -99,20 +132,64 @@ def oracle(
 )
 @pytest.mark.parametrize("which", ["reference", "cpu"])
 def test_the_sampler_is_the_plain_loop(which: str, changes: dict[str, Any], schedule: Schedule, kwargs: dict[str, Any]):
-    """Seven steps, both of a batch of two and of two batches of one."""
+    """Seven steps, both of a batch of two and of two batches of one.
+
+    Each step is judged from float64's own x_t: the network's output by the house rule, and what the step makes of it
+    by float32's rounding. What is drawn is then these very steps one after the other, bit for bit. A bound over the
+    free-running chain would have to allow what guidance and 1 / sqrt(alphas_cumprod) make of each step's rounding.
+    """
     model, chain = network(**changes), schedule.timesteps(7)
     if changes.get("time_embedding_type") == "fourier":
         chain = [t + 1 for t in chain]  # it takes the logarithm of t
-    labels = kwargs.get("labels")
-    guidance = kwargs.get("guidance")
+    labels, guidance = kwargs.get("labels"), kwargs.get("guidance")
     given = None if labels is None else torch.tensor(labels)
-    args = (model, chain, [4, 5], 11)
-    truth = oracle(*args, labels=given, guidance=guidance, schedule=schedule)
-    same = oracle(*args, dtype=torch.float32, labels=given, guidance=guidance, schedule=schedule)
+    seed, ids = 11, torch.tensor([4, 5])
+    key, times = torch.tensor([seed]), list(zip(chain, [*chain[1:], -1]))
+    exact, channels_last = copy.deepcopy(model).double(), copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    # Float64's chain: x_t, rounded to the float32 that a program holds, and the output and noise there.
+    states: list[tuple[Tensor, Tensor, Tensor]] = []
+    first = x = normal64(key, ids, INITIAL_STEP, SHAPE).float()
+    for i, (t, prev_t) in enumerate(times):
+        out, z = predict(exact, x, t, given, guidance), normal64(key, ids, i, SHAPE)
+        states.append((x, out, z))
+        x = schedule.step(out, t, x.double(), z, prev_t).float()
+
     for batch_size in (1, 2):
         sampler = Sampler(model, schedule, batch_size, steps=chain, guidance_scale=guidance, ops=which)
-        got = sampler.sample(2, seed=11, labels=labels, first_id=4)
-        check(got, same, truth, floor=2.0**-17, name=f"batch {batch_size}")
+        drawn = sampler.sample(2, seed=seed, labels=labels, first_id=4)
+        program, _ = sampler._program(batch_size, False)
+        assert isinstance(program, StepProgram)
+        for rows in (slice(0, 1), slice(1, 2)) if batch_size == 1 else (slice(0, 2),):
+            own = None if given is None else given[rows]
+
+            def step(i: int, x: Tensor, rows: slice = rows, own: Tensor | None = own) -> tuple[Tensor, Tensor]:
+                """(output, x_{t-1}) of the program's step i from x."""
+                seen: list[Tensor] = []
+                program.begin(seed, ids[rows], own, x)
+                program.counter[0] = i
+                advance = program.advance
+                with mock.patch.object(program, "advance", lambda out: (seen.append(out.clone()), advance(out))):
+                    program.step()
+                return seen[0], program.x.clone()
+
+            for i, ((t, prev_t), (x, out, z)) in enumerate(zip(times, states)):
+                x, out, z = x[rows], out[rows], z[rows]
+                got, after = step(i, x)
+                same = [predict(model, x, t, own, guidance)]
+                same += [predict(channels_last, x.to(memory_format=torch.channels_last), t, own, guidance)]
+                ours, torchs = error(got, out), worst(error(y, out) for y in same)
+                assert within(ours, torchs), f"output of step {i}, batch {batch_size}: {ours}, torch {torchs}"
+                right = schedule.step(got.double(), t, x.double(), z, prev_t)
+                over = ((after - right).abs() / rounding(schedule, t, prev_t, x.double(), got.double(), z)).max()
+                assert over <= 1, f"x after step {i}, batch {batch_size}: {over:.1f} times what rounding may do"
+
+            program.begin(seed, ids[rows], own)
+            x = program.x.clone()
+            assert (x - first[rows]).abs().max() <= 2.0**-18  # as `rounding` says of z
+            for i in range(len(chain)):
+                x = step(i, x)[1]
+            assert torch.equal(x, drawn[rows]), "the steps that were judged are those that are drawn"
 
 
 # --- the fused set, in the interpreter or on a GPU ---

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import doctor_checks
 from .checkpoints import Checkpoint
 from .classes import listed, null_class
 from .graphs import why_no_loop
 from .ops import recording, reference
-from .ops.compiled import compiler
 from .ops.triton_set import falls_back
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
@@ -222,7 +222,10 @@ def _lucidrains_lines(m: dict[str, Any]) -> list[str]:
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, what is accelerated here and what is missing, JSON-ready."""
+    """Versions, devices, what works here and what "auto" takes for it, and what is missing. JSON-ready.
+
+    The compiler is tried, files are written to the folders that are used, and a GPU runs the smallest kernel.
+    """
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("ddpm-fast", "triton", "numpy", "safetensors", "huggingface_hub", "diffusers"):
         try:
@@ -240,9 +243,12 @@ def diagnose() -> dict[str, Any]:
         findings.append("a GPU is here but triton is not installed: pip install triton")
     else:
         findings.append("no CUDA GPU is visible to torch: sampling runs on the CPU")
-    findings.append(_winograd_finding())
+    devices = _devices(len(gpus))
+    compiler, folders = doctor_checks.compiler_facts(), doctor_checks.cache_facts()
+    auto = doctor_checks.auto_facts(devices, compiler["problem"])
+    findings += doctor_checks.findings(compiler, folders, auto)
     findings += _missing_extras()
-    loops = {name: why_no_loop(torch.device(name)) for name in _devices(len(gpus))}
+    loops = {name: why_no_loop(torch.device(name)) for name in devices}
     findings += [_loop_finding(name, why_not) for name, why_not in loops.items()]
     if not gpus and shutil.which("nvidia-smi"):
         findings.append("nvidia-smi is installed, but this torch sees no GPU; its build is " + _torch_build())
@@ -256,6 +262,9 @@ def diagnose() -> dict[str, Any]:
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "torch_build": _torch_build(),
         "gpus": gpus,
+        "compiler": compiler,
+        "folders": folders,
+        "auto": auto,
         "why_no_graph_loop": loops,
         "findings": findings,
     }
@@ -269,14 +278,6 @@ def _loop_finding(device: str, why_not: str | None) -> str:
     if why_not is None:
         return f"{device}: a whole trajectory is one launch (graph=loop)"
     return f"{device}: the loop of steps cannot run on the device (graph=loop): {why_not}"
-
-
-def _winograd_finding() -> str:
-    try:
-        found = compiler()
-    except RuntimeError as error:
-        return str(error)
-    return f"long runs on the CPU can have Winograd convolutions (ops=winograd), compiled by {' '.join(found)}"
 
 
 def _missing_extras() -> list[str]:

@@ -11,7 +11,6 @@ a roof can exceed 1 where an operation does better than the best of those shapes
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from .arguments import DTYPES, dtype_called
 from .benchmarking.environment import device_name
 from .benchmarking.timing import Clock, Run, clock_for
 from .house_rule import full_float32
+from .ops.compiled import user_cache
 from .whole_files import whole_file
 
 BUDGET_S = 3.0  # for all roofs of one dtype
@@ -194,9 +194,8 @@ def _shortest_ms(run: Run, clock: Clock, budget_s: float) -> float:
 
 
 def cache_file() -> Path:
-    """Where measured roofs are kept: $XDG_CACHE_HOME/ddpm_fast/roofs.json, by default below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ddpm_fast" / _CACHE
+    """Where measured roofs are kept: ddpm_fast/roofs.json in the user's cache, $XDG_CACHE_HOME or ~/.cache."""
+    return user_cache() / "ddpm_fast" / _CACHE
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..ops.cpu_set import normalises_by
 
 PACKAGES = ("triton", "diffusers", "openvino", "onnxruntime", "numpy")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -37,6 +38,8 @@ def environment(device: torch.device, command: Sequence[str] | None = None) -> d
         "command": " ".join(sys.orig_argv if command is None else command),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if device.type == "cpu":  # what the set cpu has here, in every precision that it compiles for
+        facts["cpu_normalises_by"] = normalises_by(torch.float32)
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         facts |= {"capability": f"sm_{p.major}{p.minor}", "cuda": torch.version.cuda}

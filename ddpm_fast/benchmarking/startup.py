@@ -60,7 +60,7 @@ def startup(
 
 def _without_caches(folder: Path) -> dict[str, str]:
     # The Hub's cache lies below XDG_CACHE_HOME unless it is named.
-    hub = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    hub = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "huggingface"
     return {"HF_HOME": str(hub)} | environment() | {name: str(folder / below) for name, below in CACHES.items()}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,9 +69,18 @@ class Drawing:
         begun, changes = manifest["sampler"], dict[str, Any]()
         if self.batch_size == "auto":
             changes["batch_size"] = begun["batch_size"]
-        if self.options["ops"] == "auto":
-            changes["options"] = {**self.options, "ops": begun["ops"]}
+        if self.options["ops"] in ("auto", begun["ops"]):
+            changes["options"] = {**self.options, "ops": _ops_of(begun)}
         return replace(self, **changes)
+
+
+def _ops_of(begun: dict[str, Any]) -> Any:
+    """The operations of a set that was begun, as `Sampler` takes them."""
+    from .. import ops
+
+    if begun["ops"] == "cpu" and begun.get("normalisation") == "torch":  # there nothing could be compiled
+        return ops.cpu(compiled=False)
+    return begun["ops"]
 
 
 def prepared(drawing: Drawing, device: torch.device, as_picture: bool) -> tuple[Drawing, Checkpoint, Sampler]:
@@ -110,13 +120,14 @@ def begin(
     """
     from ..store import manifest as store_manifest
 
-    asked = drawing
+    asked, begun = drawing, None
     if (folder / kind.MARK).exists():
         begun = kind.open(folder).manifest
         if begun["device"] == device.type:  # else `begin` says that it is another
             _use_threads(begun)
             drawing = drawing.as_begun(begun)
-    drawing, checkpoint, sampler = prepared(drawing, device, as_picture)
+    with _or_not_at_all(folder, begun, asked):
+        drawing, checkpoint, sampler = prepared(drawing, device, as_picture)
     say_which(drawing, sampler)
     manifest = store_manifest.describe(
         checkpoint,
@@ -139,8 +150,26 @@ def begin(
     begun = place.manifest
     other = _use_threads(begun) or sampler.ops.name != begun["sampler"]["ops"]  # begun by another, just now
     if other or asked.batch_size == "auto":  # so that whoever goes on with it draws in the same way
-        sampler = drawing.as_begun(begun).sampler(checkpoint, device)
+        with _or_not_at_all(folder, begun, asked):
+            sampler = drawing.as_begun(begun).sampler(checkpoint, device)
     return drawing, sampler, place, changed
+
+
+@contextmanager
+def _or_not_at_all(folder: Path, begun: dict[str, Any] | None, asked: Drawing) -> Iterator[None]:
+    """StoreError where this machine cannot have the operations of the set: by others, its bytes would be others."""
+    from ..ops.compiled import BuildError
+    from ..store import StoreError
+
+    try:
+        yield
+    except BuildError as error:
+        if begun is None or asked.options["ops"] not in ("auto", begun["sampler"]["ops"]):
+            raise
+        raise StoreError(
+            f"{folder} was begun with {begun['sampler']['ops']} operations, which this machine cannot have: "
+            f"{error.reason}; {error.advice}, go on where they can be had, or begin another set"
+        ) from None
 
 
 def warn_of_changes(place: SampleStore | PictureFolder, changed: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -30,31 +31,38 @@ def choose_ops(
 ) -> tuple[Ops, str]:
     """The set called ``ops``, or an `Ops` value as it is; and, for "auto", why.
 
-    "auto": the fused kernels on a GPU where Triton is installed; on a CPU `winograd` for a `UNet` where one batch is
-    long enough, else `cpu`; elsewhere `reference`. Raises ValueError for an unknown name, RuntimeError where a
-    named set cannot run.
+    "auto": the fused kernels on a GPU where Triton works; on a CPU `winograd` for a `UNet` where one batch is long
+    enough and its transforms compile, else `cpu`; elsewhere `reference`. Where a better set exists and fails, a warning
+    says so once.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: where a named set cannot run.
     """
     if isinstance(ops, Ops):
         return ops, "given"
     reason = "named"
     if ops == "auto" and device.type == "cpu":
         flops = steps * flops_of_a_batch(model, image_shape, batch_size) if isinstance(model, UNet) else 0.0
-        ops, reason = for_cpu(flops, torch.get_num_threads(), dtype, _obstacle(dtype))
+        ops, reason = for_cpu(flops, torch.get_num_threads(), dtype, why_not_winograd)
     elif ops == "auto":
-        ops = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "reference"
-        reason = f"the device is {device.type}"
+        obstacle = why_not_triton(device) if device.type == "cuda" else None
+        ops = "triton" if device.type == "cuda" and obstacle is None else "reference"
+        reason = f"the device is {device.type}" + (f", but {obstacle}" if obstacle else "")
     if ops not in NAMES:
         raise ValueError(f"ops must be one of {', '.join(NAMES)}, or an Ops value; got {ops!r}")
     chosen: Ops = getattr(ops_module, ops)()
     return chosen, reason
 
 
-def for_cpu(flops: float, threads: int, dtype: torch.dtype, obstacle: str | None) -> tuple[str, str]:
-    """(set, reason) for a run of ``flops``. ``obstacle``: why `winograd` cannot run here, or None."""
+def for_cpu(
+    flops: float, threads: int, dtype: torch.dtype, why_not: Callable[[torch.dtype], str | None]
+) -> tuple[str, str]:
+    """(set, reason) for a run of ``flops``. ``why_not``: why `winograd` cannot run here, or None."""
     work = f"{flops / threads / 1e12:.2g} TFLOP a thread"
     if flops < LONG_RUN * threads:
         return "cpu", f"one batch is {work}; compiling for winograd pays from {LONG_RUN / 1e12:g} TFLOP"
-    if obstacle is not None:
+    if (obstacle := why_not(dtype)) is not None:
         return "cpu", f"one batch is {work}, long enough for winograd, but {obstacle}"
     return "winograd", f"one batch is {work}; compiling pays from {LONG_RUN / 1e12:g} TFLOP"
 
@@ -93,14 +101,53 @@ def flops_of_an_image(model: UNet, height: int, width: int) -> int:
     return flops
 
 
-def _obstacle(dtype: torch.dtype) -> str | None:
+def why_not_winograd(dtype: torch.dtype) -> str | None:
+    """Why `winograd` cannot run here, or None. Its transforms are compiled to know, if they are not cached."""
     if not winograd_set.computes(dtype):
         return f"it does not compute in {str(dtype).removeprefix('torch.')} on this processor"
+    return _why_not_compiled(dtype, compiled.surroundings())
+
+
+@cache  # a failure takes as long as a success, and a process keeps to what it began with
+def _why_not_compiled(dtype: torch.dtype, surroundings: tuple[str | None, ...]) -> str | None:
     try:
         compiled.compiler()
-    except RuntimeError:
-        return "there is no C++ compiler (c++, g++ or clang++)"
+        winograd_set.kernels(dtype)
+    except compiled.NoCompilerError as error:
+        return error.reason
+    except compiled.BuildError as error:
+        compiled.warn_once(f'ops="auto" takes "cpu" in place of "winograd", since {error.reason}')
+        return error.reason
     return None
+
+
+@cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the fused kernels cannot run on this GPU, or None. The smallest of them is compiled and run to know: Triton
+    needs a C compiler, Python's headers, a folder for its cache and a GPU that it knows."""
+    from ..kernels import launch
+
+    if launch.triton is None:
+        return "Triton is not installed"
+    try:
+        x = torch.empty(1, 1, 4, 4, device=device)
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        initial_noise = ops_module.triton().initial_noise
+        assert initial_noise is not None
+        initial_noise(x, seed, seed.clone(), None)
+        x.sum().item()  # waits for it
+    except torch.OutOfMemoryError:  # says nothing of Triton
+        return None
+    except Exception as error:  # compilers, headers, files, drivers: each fails in its own way
+        reason = f"Triton does not work here ({_first_line(error)})"
+        compiled.warn_once(f'ops="auto" takes "reference" in place of "triton", which is many times slower: {reason}')
+        return reason
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def expect_device(ops: Ops, device: torch.device) -> None:

@@ -7,7 +7,6 @@ reference's, and how much of a distance is only the small number of images.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..arguments import check_seed
 from ..data.image_files import DataError
 from ..images import whole_file
+from ..ops.compiled import user_cache
 from ..progress import progress_bar
 from .features import Extractor
 from .image_stream import ImageStream
@@ -204,8 +204,7 @@ def reference(
 
 def default_cache() -> Path:
     """Where statistics are kept unless told otherwise."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ddpm_fast" / "statistics"
+    return user_cache() / "ddpm_fast" / "statistics"
 
 
 def save_statistics(path: Path, made: Statistics) -> None:

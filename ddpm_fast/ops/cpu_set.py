@@ -8,7 +8,7 @@ is a C++ compiler, normalisation is compiled once, at its first use; without, to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ from . import compiled
 from .sets import Ops
 
 
-def build(keep_memory: bool = True) -> Ops:
-    """The set; on any processor, with or without oneDNN. ``keep_memory``: see `ops.cpu`."""
+def build(keep_memory: bool = True, compiled: bool = True) -> Ops:
+    """The set; on any processor, with or without oneDNN. Its options are those of `ops.cpu`."""
     if keep_memory:
         host_memory.keep_freed_memory()
     return Ops(
         name="cpu",
-        norm_act=_norm_act,
+        norm_act=_norm_act if compiled else partial(_norm_act, compiled=False),
         conv=_conv,
         upsample_conv=_upsample_conv,
         upsample=lambda x: channels_last(reference.upsample(x)),
@@ -37,6 +37,7 @@ def build(keep_memory: bool = True) -> Ops:
         enter=enter,
         pack_conv=pack_conv,
         pack_upsample_conv=pack_upsample_conv,
+        normalises=partial(normalises_by, compiled=compiled),
         falls_back=falls_back,
     )
 
@@ -98,21 +99,33 @@ def _norm_act(
     stats: Any = None,
     skip_stats: Any = None,
     out: Tensor | None = None,
+    compiled: bool = True,
     **kwargs: Any,
 ) -> Tensor:
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    norm = compiled_norm(x.dtype) if norm_compiled.suits(x, channels, groups, act) else None
+    norm = compiled_norm(x.dtype) if compiled and norm_compiled.suits(x, channels, groups, act) else None
     y = (norm or norm_cpu.norm_act)(x, weight, bias, groups, eps, act=act, skip=skip, **kwargs)
     return y if out is None else out.copy_(y)
 
 
 @cache
 def compiled_norm(dtype: torch.dtype) -> CompiledNorm | None:
-    """The normalisation compiled for a dtype, now or from the cache; None where no C++ compiler does it."""
+    """The normalisation compiled for a dtype, now or from the cache; None where it cannot be.
+
+    Warns, where there is a compiler and it fails: without it torch's operations are a few percent slower.
+    """
     try:
         return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
-    except RuntimeError:
+    except compiled.NoCompilerError:
         return None
+    except compiled.BuildError as error:
+        compiled.warn_once(f"normalisation runs on torch's operations, a few percent slower, since {error.reason}")
+        return None
+
+
+def normalises_by(dtype: torch.dtype, compiled: bool = True) -> str:
+    """ "compiled", or "torch": the two round differently."""
+    return "compiled" if compiled and dtype in ELEMENTS and compiled_norm(dtype) is not None else "torch"
 
 
 def _conv(*args: Any, with_stats: bool = False, out: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -60,6 +60,8 @@ class Ops:
     compile_ahead: Callable[[Callable[[], object]], None] | None = None
     # The set with its results where a `Memory` says, for sets that can.
     placed: Callable[[Memory], Ops] | None = None
+    # How it normalises in a dtype, where that rounds one way or another: "compiled" or "torch".
+    normalises: Callable[[torch.dtype], str | None] = lambda dtype: None
     # Why a call (operation, its arguments by name) runs on the reference operation instead; None: it does not.
     falls_back: Callable[[str, Mapping[str, Any]], str | None] = lambda operation, arguments: None
 
@@ -114,7 +116,7 @@ def reference() -> Ops:
     return _REFERENCE
 
 
-def cpu(keep_memory: bool = True) -> Ops:
+def cpu(keep_memory: bool = True, compiled: bool = True) -> Ops:
     """A processor's own, for inference: channels_last maps, weights arranged for oneDNN, ready in a second or two.
 
     Works on tensors on the CPU in float32, bfloat16 or float16, with oneDNN or without; float64 and weights that no
@@ -123,10 +125,11 @@ def cpu(keep_memory: bool = True) -> Ops:
 
     keep_memory: have glibc keep freed memory of any size for this whole process, whose peak then stays its own
     until it ends. Without it, maps above 32 MB (256-pixel models) are faulted in anew at each use.
+    compiled: normalise by functions compiled for this processor, where they can be; else by torch's operations.
     """
     from . import cpu_set
 
-    return _named(cpu_set.build(keep_memory), keep_memory=keep_memory)
+    return _named(cpu_set.build(keep_memory, compiled), keep_memory=keep_memory, compiled=compiled)
 
 
 def triton(pdl: bool = False) -> Ops:

@@ -21,7 +21,7 @@ FORMAT = 1
 MOST_SHARDS = 1_000_000  # six digits, so that names sort
 TARGET_SHARDS = 1000  # about as many as a set is cut into, where a shard of one batch would make more
 # What may differ between the runs of one set: where the weights lay, and what it runs on (warned of).
-_NOT_COMPARED = ("source", "environment")
+_NOT_COMPARED = ("source", "environment", "ops_reason")
 _CHAIN = ("sampler.steps:", "sampler.method:", "sampler.eta:")  # the words for what the table holds
 
 
@@ -77,6 +77,7 @@ def describe(
         "guidance_scale": sampler.guidance_scale,
         "dtype": str(sampler.dtype).removeprefix("torch."),
         "ops": sampler.ops.name,
+        "normalisation": sampler.ops.normalises(sampler.dtype),  # compiled, it rounds another way
         "batch_size": sampler.batch_size,  # a library may round another way in another batch
         "to_uint8": "truncate" if truncate else "round",
     }
@@ -95,6 +96,7 @@ def describe(
         # A CPU's libraries cut sums by the number of threads, and so round by it.
         "threads": torch.get_num_threads() if sampler.device.type == "cpu" else None,
         "source": checkpoint.source,
+        "ops_reason": sampler.ops_reason,
         "environment": environment(sampler.device),
     }
 
@@ -199,7 +201,10 @@ def _version(package: str) -> str | None:
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """["sampler.eta: was 0.0, now 0.5", ...]: what would make the images others. [] if nothing would."""
-    found = _compare({k: v for k, v in was.items() if k not in _NOT_COMPARED}, _plain(now), "")
+    was, now = {k: v for k, v in was.items() if k not in _NOT_COMPARED}, _plain(now)
+    if "normalisation" not in was["sampler"]:  # written before there was such a field
+        was["sampler"] = {"normalisation": now["sampler"].get("normalisation"), **was["sampler"]}
+    found = _compare(was, now, "")
     chain = [line for line in found if line.startswith(_CHAIN)]
     table = [line for line in found if line.startswith("sampler.table:")]
     named = [line for line in found if line not in chain and line not in table]

@@ -147,7 +147,7 @@ class _Run:
     def loop(self) -> TrainResult:
         self._began_s = time.perf_counter()
         self._reset_interval()
-        done = self.start
+        done, previewed = self.start, False
         if done >= self.config.steps:  # a kill may have come between the last state and its export
             self.world.on_first(self._export)
         with (
@@ -165,10 +165,13 @@ class _Run:
                 stopping = self.world.any(stop.is_set())
                 if last or done % self.config.log_every == 0:
                     self._record(log, bar, done, norm)
-                if last or stopping or done % self.config.checkpoint_every == 0:
+                preview = self.config.sample_every and (last or done % self.config.sample_every == 0)
+                # The first preview compiles and takes memory that training did not: it may end the process itself.
+                if last or stopping or done % self.config.checkpoint_every == 0 or (preview and not previewed):
                     self._check_finite(done, float(norm))
                     self._on_first(self._save, done)
-                if self.config.sample_every and (last or done % self.config.sample_every == 0):
+                if preview:
+                    previewed = True
                     self._on_first(self._preview, done)
                 if self.evaluation is not None and (last or done % self.config.evaluate_every == 0):
                     self._on_first(self._evaluate, done)
@@ -256,20 +259,16 @@ class _Run:
         diffusers.save(self.out, self.trainer.ema.model, self.trainer.schedule, label_names=names)
 
     def _preview(self, done: int) -> None:
-        """A grid of samples from the EMA weights, always from the same noise. A picture that cannot be drawn, for want
-        of memory or because it is not finite, is no reason to stop."""
+        """A grid of samples from the EMA weights, always from the same noise. One that fails is a warning."""
         began_s = time.perf_counter()
         trainer, count = self.trainer, self.config.sample_count
         steps = min(self.config.sample_steps, trainer.schedule.num_train_timesteps)
         labels = None
         if trainer.model.config.num_class_embeds is not None:
             labels = torch.arange(count, device=trainer.device) % trainer.data.num_classes
-        sampler = Sampler(trainer.ema.model, trainer.schedule, batch_size=count, steps=steps, device=trainer.device)
-        try:
+        with _no_reason_to_stop(f"no samples at step {done}"):
+            sampler = Sampler(trainer.ema.model, trainer.schedule, batch_size=count, steps=steps, device=trainer.device)
             pixels = to_uint8(sampler.sample(count, seed=0, labels=labels)).cpu().numpy()
-        except RuntimeError as error:
-            warnings.warn(f"no samples at step {done}: {error}", RuntimeWarning, stacklevel=2)
-        else:
             save_picture(self.out / "samples" / f"step_{done:09d}.png", grid(pixels))
         self._interval_began_s += time.perf_counter() - began_s
 
@@ -279,8 +278,19 @@ class _Run:
         if done == self.config.steps:  # nothing waits any more
             self.evaluation.finish()
         if not self.evaluation.running:
-            self._export()
-            self.evaluation.start(done)
+            with _no_reason_to_stop(f"no evaluation at step {done}"):
+                self._export()
+                self.evaluation.start(done)
+
+
+@contextmanager
+def _no_reason_to_stop(what: str) -> Iterator[None]:
+    """Whatever fails inside is a warning: training is worth more than a look at it."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(f"{what}: {lines[0]}", RuntimeWarning, stacklevel=3)
 
 
 def _evaluation(trainer: Trainer, out: Path) -> BackgroundEvaluation:

@@ -67,16 +67,38 @@ def check_noise(noise: object, automatic: bool = False) -> None:
         )
 
 
-def whole_labels(labels: Any, device: torch.device) -> Tensor:  # [...] int64 on the device
-    """Class numbers. ValueError for what are no whole numbers."""
+def whole_labels(labels: Any, device: torch.device) -> Tensor:  # [] or [n] int64 on the device
+    """Class numbers: one, or one an image. ValueError for other shapes and for what are no whole numbers."""
     try:
         given = torch.as_tensor(labels, device=device)
-        wrong = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
     except (TypeError, ValueError, RuntimeError):
-        wrong = True
-    if wrong:
-        raise ValueError(f"labels must be whole numbers; got {labels!r}")
+        raise ValueError(f"labels must be whole numbers; got {str(labels)[:80]!r}") from None
+    check_labels(given)
     return given.to(torch.int64)
+
+
+def check_labels(labels: Tensor) -> None:
+    """ValueError unless these are class numbers, one or [n]; says what to do with a column and with one-hot rows."""
+    if labels.ndim > 1:
+        shape = list(labels.shape)
+        what = f"labels must be class numbers of shape [n], one an image; got shape {shape}"
+        if shape[1:] == [1] * (labels.ndim - 1):
+            raise ValueError(f"{what}: pass labels.reshape(-1)")
+        if labels.ndim == 2 and bool(((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()):
+            raise ValueError(f"{what}, one-hot rows: pass labels.argmax(1)")
+        raise ValueError(what)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(f"labels must be whole numbers; got {kind} numbers: pass labels.long() if they are classes")
+
+
+def check_class_features(labels: Tensor, width: int) -> None:
+    """ValueError unless these are embeddings [n, width], as class_embed_type="identity" takes them."""
+    if labels.ndim != 2 or labels.shape[1] != width:
+        raise ValueError(
+            f"this model takes class embeddings for labels, of shape [n, {width}] (class_embed_type is 'identity'); "
+            f"got shape {list(labels.shape)}"
+        )
 
 
 def check_device(device: torch.device) -> torch.device:

@@ -201,17 +201,17 @@ class Sampler:
             return None
         classes = self.num_classes
         labels = torch.as_tensor(labels, device=self.device) if classes is None else whole_labels(labels, self.device)
-        if labels.ndim == 0:
-            labels = labels.expand(n)
-        if len(labels) != n:
-            raise ValueError(f"labels must be one number, or one an image; got {len(labels)} for n={n}")
         if isinstance(self.model, UNet):
             if self.model.class_embedding is None:
                 raise ValueError("this model has no classes, so it takes no labels")
-            low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
+            self.model.check_labels(labels)
+            low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
             if classes is not None and not 0 <= low <= high < classes:
                 got = f"{low}..{high}" if low < high else low
                 raise ValueError(f"labels must be in 0..{classes - 1}; got {got}")
+        labels = labels.expand(n) if labels.ndim == 0 else labels
+        if len(labels) != n:
+            raise ValueError(f"labels must be one number, or one an image; got {len(labels)} for n={n}")
         return labels
 
     @torch.inference_mode()

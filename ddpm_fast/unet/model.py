@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_class_features, check_labels
 from ..config import SKIP_DOWN, SKIP_UP, UNetConfig
 from ..kernels.reference import ACTIVATIONS
 from ..ops import Feature, Ops, reference
@@ -121,11 +122,23 @@ class UNet(nn.Module):
             return ACTIVATIONS[self.config.act_fn](emb)
         if labels is None:
             raise ValueError("this model is class-conditional: pass labels")
+        labels = torch.as_tensor(labels, device=t.device)
+        labels = labels.reshape(1) if labels.ndim == 0 else labels
+        self.check_labels(labels)
         if len(labels) not in (1, len(t)):
             raise ValueError(f"one label an image is needed; got {len(labels)} for {len(t)}")
         if self.config.class_embed_type == "timestep":
             labels = self._time_features(labels)
+        elif self.config.class_embed_type is None:
+            labels = labels.long()  # an embedding takes no smaller integers
         return ACTIVATIONS[self.config.act_fn](emb + self.class_embedding(labels).to(emb.dtype))
+
+    def check_labels(self, labels: Tensor) -> None:
+        """ValueError unless the labels have the shape and the kind of numbers that this model takes."""
+        if self.config.class_embed_type == "identity":
+            check_class_features(labels, self.config.time_width)
+        elif self.config.class_embed_type != "timestep" or labels.ndim > 1:  # a time may be a fraction
+            check_labels(labels)
 
     def _time_features(self, t: Tensor) -> Tensor:
         c = self.config

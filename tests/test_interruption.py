@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import TINY, unet
 from PIL import Image
-from store_processes import Command, finished, until
+from store_processes import ROOT, Command, finished, until
 from store_setup import files
 
 import ddpm_fast as df
@@ -208,3 +211,137 @@ def test_temporary_files_of_the_dead_are_cleared_away(place: Place):
     second = place.sample("pngs")
     assert second.wait() == 0, second.output()
     assert (dead.exists(), own.exists(), far.exists()) == (False, True, True)
+
+
+# --- streams that nobody reads ---
+
+
+def piped(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ddpm_fast", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("words", [("--help",), ("inspect", "MODEL")])
+def test_results_that_nobody_reads_end_a_command_silently(words: tuple[str, ...], model: Path):
+    """As in ``ddpm-fast inspect | true``: no traceback, no complaint at the end, and SIGPIPE's exit code."""
+    process = piped(*(model if word == "MODEL" else word for word in words))
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = [line for line in process.stderr.read().splitlines() if "importing torch" not in line]
+    assert (process.wait(60), said) == (141, [])
+
+
+def test_messages_that_nobody_reads_end_no_work(model: Path, tmp_path: Path):
+    process = piped("sample", model, "-n", 4, "--label", 1, "--batch-size", 2, "--out", tmp_path / "pngs")
+    assert process.stdout is not None and process.stderr is not None
+    process.stderr.close()
+    assert process.stdout.read() == f"4 images in {tmp_path / 'pngs'}\n" and process.wait(60) == 0
+    assert len(pngs(tmp_path / "pngs")) == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_results_that_cannot_be_written_are_an_error(model: Path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ddpm_fast", "inspect", str(model)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    said = "ddpm-fast: standard output cannot be written to: No space left on device"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)
+
+
+# --- training ---
+
+
+def training(data: Path, out: Path) -> list[str]:
+    """The words of a training without an end, which would save its first state at that end."""
+    settings = {
+        **{"steps": 10**6, "checkpoint_every": 10**6, "sample_every": 0, "log_every": 1, "batch_size": 4},
+        **{
+            "num_train_timesteps": 10,
+            "block_out_channels": "[4, 8]",
+            "norm_num_groups": 2,
+            "attention_head_dim": 4,
+            "precision": "fp32",
+        },
+        "down_block_types": '["DownBlock2D", "DownBlock2D"]',
+        "up_block_types": '["UpBlock2D", "UpBlock2D"]',
+    }
+    words = ["train", str(data), "--out", str(out), "--image-size", "8", "--device", "cpu"]
+    return words + [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "data.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8))
+    return tmp_path / "data.npz"
+
+
+def logged(out: Path) -> int:
+    """Steps that are in a training's log."""
+    path = out / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def saved_step(out: Path) -> int:
+    (path,) = (out / "state").glob("step_*.pt")
+    return int(torch.load(path, weights_only=True)["step"])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_a_training(name: str, place: Place, data: Path):
+    out = place.folder / "run"
+    command = place.start(*training(data, out))
+    until(lambda: logged(out) >= 2 or not command.running)
+    said = stop(command, getattr(signal, name))
+    assert saved_step(out) == logged(out) >= 2
+    assert "the same command goes on" in said
+
+
+def test_nohup_keeps_a_training_going(place: Place, data: Path):
+    out = place.folder / "run"
+    command = place.start(*training(data, out), ignored="SIGHUP")
+    until(lambda: logged(out) >= 2 or not command.running)
+    os.kill(command.process.pid, signal.SIGHUP)
+    steps = logged(out)
+    until(lambda: logged(out) >= steps + 3 or not command.running)
+    assert command.running and not (out / "state").exists()
+
+
+def test_a_terminal_that_closes_saves_a_training(data: Path, tmp_path: Path):
+    """The terminal is gone for messages too: none of them may end the process before its state is saved."""
+    import fcntl
+    import pty
+    import termios
+
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    out = tmp_path / "run"
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddpm_fast", *training(data, out)],
+        **{"stdin": slave, "stdout": slave, "stderr": slave},
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=own_terminal,
+    )
+    os.close(slave)
+    try:
+        os.set_blocking(master, False)
+        until(lambda: drain(master) or logged(out) >= 2 or process.poll() is not None)
+        os.close(master)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    assert saved_step(out) == logged(out) >= 2
+
+
+def drain(handle: int) -> None:
+    """Read what there is in a terminal, which would stop its writers once it is full."""
+    with contextlib.suppress(BlockingIOError):
+        while os.read(handle, 1 << 16):
+            pass

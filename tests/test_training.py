@@ -178,7 +178,7 @@ def set_signal() -> Iterator[Callable[[signal.Signals, Any], None]]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_saves_and_returns(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, set_signal: Any
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ import typer
 from .. import stages
 from .._version import __version__
 from . import bench, convert, engine, evaluate, export, profile, sample, train
+from .interruption import streams
 from .options import Json, Settings, Source, Weights, WeightsPreset, assignments
 from .words import CLICK_ERROR, command_class
 
@@ -109,10 +109,10 @@ for command, kind in (
     app.command(cls=kind)(_with_torch(command))
 
 
+@streams()
 def main() -> None:
     """The entry point: a user's mistake costs one line on stderr and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *_: print(f"ddpm-fast: warning: {message}", file=sys.stderr)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     stages.show()
     try:
         with _ended_in_order():

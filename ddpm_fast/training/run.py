@@ -68,7 +68,7 @@ def train(
 ) -> TrainResult:
     """Trains until ``train_config.steps``; continues from the newest state in ``out`` if there is one.
 
-    SIGINT and SIGTERM save a state and return with ``finished=False``; a second one interrupts at once.
+    SIGINT, SIGTERM and SIGHUP save a state and return with ``finished=False``; a second one interrupts at once.
 
     In processes that torchrun started, or that have a process group, all train one run together: batch_size is that
     of the whole, and the loss curve is that of one process but for the order of sums (and for dropout's masks). A run
@@ -303,7 +303,7 @@ def _evaluation(trainer: Trainer, out: Path) -> BackgroundEvaluation:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set.
+    """An event that SIGINT, SIGTERM and SIGHUP (of a terminal that closes) set.
 
     A signal that is ignored (nohup, a shell's background job) stays so. Handlers exist in the main thread only;
     elsewhere nothing sets the event.
@@ -322,7 +322,8 @@ def _stop_signals() -> Iterator[threading.Event]:
         stop.set()
         restore()  # so that a second signal ends the process as it always does
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    for number in (getattr(signal, name) for name in names):
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, request)
     try:

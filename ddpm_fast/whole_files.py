@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -99,14 +99,35 @@ def check_file(path: str | Path, option: str = "") -> None:
         _try(real.parent, real.name)
 
 
-def check_folder(path: str | Path, option: str = "") -> None:
-    """Make sure, before the work begins, that files can be written in the folder ``path``; it is made.
+def check_folder(path: str | Path, option: str = "", make: bool = True) -> None:
+    """Make sure, before the work begins, that files can be written in the folder ``path``.
 
-    Args and Raises are those of `check_file`.
+    Args and Raises are those of `check_file`. make: whether the folder itself is made; what is above it is.
     """
+    path = Path(path)
     with _refused(f"{option} {path}".strip()):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} cannot be a folder: a file is in its way")
+        if not make and not path.exists():
+            make_folder(path.parent)
+            _try(path.parent, path.name)
+            return
         make_folder(path)
-        _try(Path(path), "")
+        _try(path, "")
+
+
+def check_names(folder: Path, files: Collection[str], folders: Collection[str]) -> None:
+    """Make sure that no folder is in the way of ``files`` in a folder, and no file in that of ``folders``.
+
+    Raises:
+        OSError: with one line that names what is in the way.
+    """
+    for name in files:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} must be a file, and a folder is in its way")
+    for name in folders:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise NotADirectoryError(f"{folder / name} cannot be a folder: a file is in its way")
 
 
 @contextmanager

@@ -275,5 +275,6 @@ def test_command_line(tmp_path: Path) -> None:
     assert run(tmp_path / "out", tmp_path / "back.pt", "--to", "openai").returncode == 0
     assert same_state(torch.load(tmp_path / "back.pt", weights_only=True), sd)
     failed = run(path, tmp_path / "no")
-    assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1
+    said = [line for line in failed.stderr.splitlines() if line != "ddpm-fast: importing torch"]  # where that is slow
+    assert failed.returncode == 2 and len(said) == 1
     assert "do not tell num_heads" in failed.stderr

@@ -81,7 +81,7 @@ def bench(
     from ..benchmarking import providers as known
     from ..benchmarking import run as benchmark
     from ..benchmarking.text import report_text
-    from ..whole_files import whole_file
+    from ..whole_files import check_file, whole_file
 
     where = chosen_device(device)
     batches = [_whole(part, "--batch-size") for part in batch_size.split(",")]
@@ -96,8 +96,10 @@ def bench(
             f"--steps and --rounds must be at least 1, --budget not negative; got {steps}, {rounds}, {budget}"
         )
     chosen = known.chosen(providers.split(",") if providers else known.default_names(where))
-    if out is not None and out.suffix.lower() != ".json":
-        raise ValueError(f"--out must be a .json file; got {out}")
+    if out is not None:
+        if out.suffix.lower() != ".json":
+            raise ValueError(f"--out must be a .json file; got {out}")
+        check_file(out, "--out")
     _use(threads)
     checkpoint = measured(source, weights_preset, assignments(settings), weights)
     benchmark.fitting(checkpoint)  # before the roofs, which take seconds

@@ -31,9 +31,15 @@ def convert(
     Checkpoints of every family can be written in the diffusers layout (safetensors), and OpenAI's models in their own.
     """
     from .. import checkpoints
+    from ..whole_files import check_file, check_folder, check_names
 
     if to not in checkpoints.TARGETS:
         raise ValueError(f"--to must be {' or '.join(checkpoints.TARGETS)}; got {to}")
+    if to == "openai":
+        check_file(out, "OUT")
+    else:
+        check_folder(out, "OUT", make=False)
+        check_names(out, ("model_index.json",), ("unet", "scheduler"))
     stored = None if dtype is None else chosen_dtype(dtype)
     checkpoint = checkpoints.load(source, weights_preset, assignments(settings), weights=weights)
     for note in checkpoints.convert(checkpoint, out, to, stored):

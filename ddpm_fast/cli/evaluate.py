@@ -56,7 +56,7 @@ def evaluate(
     The measures are the Frechet distance and KID. With --pair: test whether two sets of samples of one model differ."""
     from ..arguments import check_seed
     from ..evaluation.features import extractor
-    from ..whole_files import make_folder
+    from ..whole_files import check_file, check_folder
 
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1; got {batch_size}")
@@ -65,10 +65,14 @@ def evaluate(
         raise ValueError("give either SAMPLES with --against DATA, or --pair A B")
     if pair is None and against is None:
         raise ValueError("SAMPLES need --against DATA: the images that they should look like")
-    if log is not None:  # now, not when everything has been measured
-        if log.is_dir():
-            raise ValueError(f"--log {log} is a folder; give a file")
-        make_folder(log.parent)
+    if log is not None:
+        check_file(log, "--log")
+    if save is not None:
+        if save.suffix.lower() != ".npz":
+            raise ValueError(f"--save must be an .npz file; got {save}")
+        check_file(save, "--save")
+    if cache is not None:
+        check_folder(cache, "--cache")
     chosen = extractor(features, chosen_device(device), inception_weights)
     progress = not as_json
     if pair is not None:

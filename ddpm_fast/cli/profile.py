@@ -69,9 +69,9 @@ def profile(
 
     The peak rates are measured here too. Operations with the most time to gain come first."""
     from .. import report, roofline
-    from ..images import make_folder
     from ..profiling import profile as measure
     from ..profiling.text import profile_text
+    from ..whole_files import check_file
 
     precision = chosen_dtype(dtype)
     if not 0 < seconds < math.inf:
@@ -80,11 +80,9 @@ def profile(
     files = [path.resolve() for path, _ in wanted if path is not None]
     if len(set(files)) < len(files):
         raise ValueError(f"--html, --out and --trace must be different files; got {', '.join(map(str, files))}")
-    for path, _ in wanted:
-        if path is not None:  # now, not when everything has been measured
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder; give a file")
-            make_folder(path.parent)
+    for path, option in ((html, "--html"), (out, "--out"), (trace, "--trace")):
+        if path is not None:
+            check_file(path, option)
     where = chosen_device(device)
     checkpoint = measured(source, weights_preset, assignments(settings), weights)
     found = measure(

@@ -126,15 +126,14 @@ def run(asked: Asked, device_name: str | None) -> None:
     Under torchrun rank 0 speaks for all, or the process that failed: the others end with its exit code, silently.
     """
     from .. import distributed, training
-    from ..training.state import read_record
-    from ..whole_files import make_folder
+    from ..training.state import check_out, read_record
 
     where = distributed.own_device(chosen_device(device_name), distributed.of_environment())
     try:
         with distributed.join(where) as world:
             record = world.on_first(lambda: read_record(asked.out))
+            world.on_first(lambda: check_out(asked.out, "--out"))  # before the data is read
             prepared = world.together(lambda: prepare(asked, record))
-            world.together(lambda: make_folder(asked.out))
             result = training.train(
                 prepared.images,
                 asked.out,

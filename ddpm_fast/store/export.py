@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..progress import progress_bar
-from ..whole_files import check_file, whole_file
+from ..whole_files import check_file, check_folder, whole_file
 from .pictures import PictureFolder, png
 from .samples import SampleStore, StoreError, npy_header
 
@@ -43,13 +43,15 @@ def export(store: SampleStore, out: Path, progress: bool = False) -> int:
             raise ValueError(f"the PNGs need a folder outside the set itself; got {out}")
         if store.image_shape[2] not in (1, 3, 4):
             raise ValueError(f"a PNG needs 1, 3 or 4 channels; these images have {store.image_shape[2]}; use .npz")
+        check_folder(out)
+        folder, _ = PictureFolder.begin(out, store.manifest)
     with progress_bar(progress, store.count, "image", str(out)) as bar:
         if suffix == ".npz":
             _npz(store, out, bar)
         elif suffix == ".tar":
             _tar(store, out, bar)
         else:
-            _folder(store, out, bar)
+            _folder(store, folder, bar)
     return store.count
 
 
@@ -77,9 +79,8 @@ def _tar(store: SampleStore, out: Path, bar: Any) -> None:
                 _member(archive, f"{name}.cls", str(label).encode())
 
 
-def _folder(store: SampleStore, out: Path, bar: Any) -> None:
+def _folder(store: SampleStore, folder: PictureFolder, bar: Any) -> None:
     """Each PNG is whole or not there; what a killed export lacks, the next one writes."""
-    folder, _ = PictureFolder.begin(out, store.manifest)
     for shard in range(len(store)):
         images, _ = store.load(shard)
         folder.write(store.ids(shard), images)

@@ -126,7 +126,7 @@ class _Run:
 
     def _open_folder(self, resume: bool, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """The newest state of this very run; the log is cut back to it, and the settings are written."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        train_state.check_out(self.out)
         self._release = train_state.hold(self.out)
         state = train_state.load_latest_state(self.out / "state")
         if state is not None:

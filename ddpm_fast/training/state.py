@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows has other locks
     fcntl = None  # type: ignore[assignment]
 
-from ..whole_files import write_atomically
+from ..whole_files import check_folder, check_names, write_atomically
 
 FORMAT = 1
 KEPT_STATES = 2
@@ -55,6 +55,14 @@ def write_json(path: Path, content: object) -> None:
 
 
 RECORD = "train_config.json"
+FILES = (RECORD, "log.jsonl", "model_index.json", "evaluations.jsonl", "evaluations.err")
+FOLDERS = ("state", "samples", "unet", "scheduler")
+
+
+def check_out(out: Path, option: str = "") -> None:
+    """Make the folder of a run. OSError, in one line, where it or what goes into it cannot be written."""
+    check_folder(out, option)
+    check_names(out, FILES, FOLDERS)
 
 
 def write_record(out: Path, record: Mapping[str, Any]) -> None:

@@ -6,16 +6,15 @@ diffusers itself is not imported.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from . import fingerprints
-from .arguments import whole_number
+from .arguments import dtype_called, whole_number
+from .engine.turns import Turns
 from .network_check import check_network
 from .ops import Ops
 from .pipeline_call import (
@@ -29,6 +28,7 @@ from .pipeline_call import (
     refuse_others,
 )
 from .pipelines import check_pipeline, describe, execution_device, model_of, schedule_of, unet_of
+from .progress import Bar
 from .sampler import DTYPES, Sampler
 from .schedule import Schedule
 from .scheduler_check import checked_steps
@@ -69,13 +69,13 @@ class Accelerated:
     def __init__(
         self,
         pipeline: Any,
-        dtype: torch.dtype | None = None,  # None: the pipeline's
+        dtype: torch.dtype | str | None = None,  # None: the pipeline's
         device: torch.device | None = None,  # None: the pipeline's
         ops: str | Ops = "auto",
         graph: str = "auto",
     ):
         self.pipeline, self._ops, self._graph = pipeline, ops, graph
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device = None if dtype is None else _computed(dtype), device
         self._bar: dict[str, Any] | None = None  # None: the pipeline's
         self._forget()
         self._look()
@@ -86,7 +86,7 @@ class Accelerated:
         self._read: _Read | None = None
         self._steps: tuple[object, int | tuple[int, ...]] | None = None  # what they were checked for, and the steps
         self._sampler: tuple[_Chain, Sampler] | None = None  # it holds a copy of the weights
-        self._lock = threading.RLock()
+        self._turns = Turns("accelerated pipeline")
 
     def __repr__(self) -> str:
         what = f"{type(self).__name__}({describe(self.pipeline)}"
@@ -163,7 +163,7 @@ class Accelerated:
 
     def __getstate__(self) -> dict[str, Any]:
         """The pipeline and the settings: what is made anew at the next call is neither copied nor pickled."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_read", "_steps", "_sampler", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_read", "_steps", "_sampler", "_turns")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -222,7 +222,7 @@ class Accelerated:
         eta: float | None = None,
         clipped: bool | None = None,
     ) -> ImageOutput | tuple[Any]:
-        with self._lock:
+        with self._turns.taken():
             model, schedule = self._look()
             n, steps = whole_number("batch_size", n), whole_number("num_inference_steps", steps)
             if n < 0:
@@ -275,7 +275,7 @@ class Accelerated:
         if config["disable"]:
             return sampler.sample(n)
         steps = len(sampler.table)
-        with tqdm(total=steps, **config) as bar:
+        with Bar(total=steps, **config) as bar:
 
             def show(done: int, x: Tensor) -> None:
                 if x.is_cuda:
@@ -359,7 +359,7 @@ class AcceleratedDDIM(Accelerated):
 def accelerate(
     pipeline: Any,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     ops: str | Ops = "auto",
     graph: str = "auto",
@@ -374,7 +374,7 @@ def accelerate(
 
     Args:
         pipeline: a UNet2DModel, compiled, wrapped for several devices or plain, with a DDPMScheduler or DDIMScheduler.
-        dtype: of the network; default the pipeline's own.
+        dtype: of the network, as a torch.dtype or by its name; default the pipeline's own.
         device: default the pipeline's own.
         ops: as in `Sampler`.
         graph: as in `Sampler`.
@@ -388,7 +388,9 @@ def accelerate(
     return (AcceleratedDDIM if by_ddim else Accelerated)(pipeline, dtype, where, ops, graph)
 
 
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in DTYPES.values():
-        raise ValueError(f"accelerate computes in {', '.join(DTYPES)}; got {dtype}; name one of them by dtype=")
-    return dtype
+def _computed(dtype: torch.dtype | str) -> torch.dtype:
+    try:
+        return dtype_called(dtype)
+    except ValueError:
+        got = dtype if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(f"accelerate computes in {', '.join(DTYPES)}; got {got}; name one of them by dtype=") from None

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -321,14 +322,53 @@ def test_no_thread_is_left(progress: bool):
     import sys
 
     code = f"""
-import threading, ddpm_fast as df
+import sys, threading, ddpm_fast as df
+from diffusers import DDPMPipeline, DDPMScheduler
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from models import TINY, diffusers_unet
 sampler = df.Sampler(lambda x, t: 0.1 * x, df.Schedule(num_train_timesteps=3), image_shape=(1, 4, 4))
 sampler.sample(2, progress={progress})
+pipeline = DDPMPipeline(diffusers_unet(TINY), DDPMScheduler())
+pipeline.set_progress_bar_config(disable={not progress})
+df.accelerate(pipeline)(num_inference_steps=2)
 print([thread.name for thread in threading.enumerate()])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['MainThread']"
     assert ("2 images: 100%" in done.stderr) == progress
+
+
+# --- the object that accelerate makes ---
+
+
+def accelerated(**options: Any) -> Any:
+    from diffusers import DDPMPipeline, DDPMScheduler
+    from models import diffusers_unet
+
+    scheduler = DDPMScheduler(num_train_timesteps=20, beta_start=4e-3, beta_end=0.3)
+    pipeline = DDPMPipeline(diffusers_unet(TINY), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return df.accelerate(pipeline, **options)
+
+
+def accelerated_images(fast: Any, k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(k)
+    return fast(1 + k % 2, generator, num_inference_steps=4 + k % 2, output_type="pt").images
+
+
+def test_an_accelerated_pipeline_serves_many_threads():
+    """Each call has its own generator, number of images and number of steps."""
+    alone = accelerated()
+    expected = [accelerated_images(alone, k) for k in range(8)]
+    shared = accelerated()
+    assert all(map(torch.equal, in_threads(lambda k: accelerated_images(shared, k), 8), expected))
+    assert torch.equal(accelerated_images(copy.deepcopy(shared), 3), expected[3])
+
+
+def test_an_accelerated_pipeline_takes_the_name_of_a_dtype():
+    assert accelerated(dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="accelerate computes in float32, bfloat16, float16; got 'bf16'"):
+        accelerated(dtype="bf16")
 
 
 # --- names of dtypes ---

@@ -69,7 +69,13 @@ WRONG: list[tuple[str, Any, str]] = [
     ],
     ("attn_norm_num_groups", -1, POSITIVE_OR_NULL),
     ("num_train_timesteps", 0, POSITIVE_OR_NULL),
-    *[(n, v, NUMBER) for n in ("mid_block_scale_factor", "norm_eps") for v in (0, -1.0, "1", True, float("nan"))],
+    *[
+        (n, v, NUMBER)
+        for n in ("mid_block_scale_factor", "norm_eps", "block_scale_factor")
+        for v in (0, -1.0, "1", True, float("nan"))
+    ],
+    ("up_attention", "first", "one of 'all', 'last'"),
+    ("resnet_resample_shortcut", 1, BOOLEAN),
     ("dropout", 1.0, "a number in [0, 1)"),
     ("dropout", -0.1, "a number in [0, 1)"),
     ("dropout", None, "a number in [0, 1)"),

@@ -266,6 +266,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights() -> None:
         ({"num_class_embeds": 2}, {"label_dropout": 0.0}, {}, "at least the data's 3 classes; got 2"),
         ({"class_embed_type": "identity"}, {}, {}, "class_embed_type None; got 'identity'"),
         ({"out_channels": 6}, {}, {}, "L_simple trains no variance"),
+        ({"block_scale_factor": 2.0}, {}, {}, "no field for sums divided by 2 .* cannot be converted"),
         ({}, {}, {"variance_type": "learned_range"}, "L_simple trains no variance.*'learned_range'"),
         ({"time_embedding_type": "fourier"}, {}, {}, "the log of t = 0"),
         ({"time_embedding_type": "learned", "num_train_timesteps": 49}, {}, {}, "at least the schedule's 50; got 49"),

@@ -172,9 +172,7 @@ def _by_order(contents: Contents, found: Sequence[Network]) -> Iterator[Network]
     for place, averages in contents.ordered.items():
         for network in found:
             holders = [p for p in contents.state_dicts if network.prefix.startswith(p)]
-            buffers = {network.prefix + name for name in network.family.reads}
-            parameters = {n: t for n, t in contents.tensors.items() if n not in buffers}
-            tried = (_aligned(parameters, prefix, averages) for prefix in (*holders, network.prefix))
+            tried = (_aligned(contents.tensors, prefix, averages) for prefix in (*holders, network.prefix))
             named = next((names for names in tried if names is not None), None)
             if named is not None:
                 tensors = {name: named.get(network.prefix + name, t) for name, t in network.tensors.items()}

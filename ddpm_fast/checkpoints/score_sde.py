@@ -206,7 +206,7 @@ def _base(found: Found, structure: Structure, told: Mapping[str, Any], notes: li
     if assumed:
         notes.append(
             f"assumed, as in {listing(same, len(same)) if same else 'the released models of this kind'}: "
-            f"{_text(assumed)}; the weights do not tell these: name a preset (--weights-preset) or override them (--set)"
+            f"{_text(assumed)}; the weights do not tell these: name a preset (--weights-preset) or override them"
         )
     if "sde" in assumed:
         notes.append("with a model of the subvpsde or the vesde, which have the same names, images would be wrong")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import dtype_called
+from ..classes import listed
 from ..schedule import Schedule
 from .files import CheckpointError, listing
 
@@ -26,9 +27,12 @@ def stored_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         raise CheckpointError(f"the weights' {error}") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """A loaded checkpoint: a model in eval mode on the CPU in float32, and the schedule it was trained with."""
+    """A loaded checkpoint: a model in eval mode on the CPU in float32, and the schedule it was trained with.
+
+    It can be pickled and copied; its repr is a few lines, without the tree of modules (print ``model`` for that).
+    """
 
     model: Any  # a UNet; of a lucidrains file a LucidrainsUnet, which `Sampler` takes as well
     schedule: Schedule
@@ -36,6 +40,28 @@ class Checkpoint:
     family: str
     notes: list[str]  # what was inferred, assumed or chosen
     labels: list[str] | None = None  # names of the classes, where the checkpoint has them
+
+    def __repr__(self) -> str:
+        model, schedule = self.model, self.schedule
+        config = getattr(model, "config", None)
+        size = getattr(config, "image_size", None)
+        channels = getattr(config, "in_channels", getattr(config, "channels", None))
+        images = " x ".join(map(str, (channels, *size))) if size else f"{channels} channels, size not stated"
+        parameters = sum(p.numel() for p in model.parameters())
+        betas = "betas of its own" if schedule.trained_betas is not None else f"{schedule.beta_schedule} betas"
+        facts = {
+            "source": self.source,
+            "family": self.family,
+            "model": f"{type(model).__name__}, {parameters:,} parameters",
+            "images": images,
+            "schedule": f"{schedule.num_train_timesteps} timesteps, {betas}, {schedule.prediction_type}, "
+            f"{schedule.variance_type if schedule.method == 'ddpm' else schedule.method}",
+        }
+        if self.labels:
+            facts["labels"] = listed(len(self.labels), self.labels)
+        if self.notes:
+            facts["notes"] = f"{len(self.notes)} (checkpoint.notes)"
+        return "Checkpoint(\n" + "".join(f"  {name}: {value}\n" for name, value in facts.items()) + ")"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ stays small. With the state dicts of test_checkpoint_fuzz.py these are 10,000 ca
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_folder import CONFIG, tiny
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from ddpm_fast.checkpoints import CheckpointError, contents_of, diffusers, identify
+from ddpm_fast.checkpoints import CheckpointError, contents_of, diffusers, identify, load
 from ddpm_fast.checkpoints.family import Found, check_storage
 from ddpm_fast.checkpoints.files import (
     CRC_FIELD,
@@ -38,7 +40,7 @@ from ddpm_fast.checkpoints.layout import Layout
 from ddpm_fast.schedule import Schedule
 
 CASES = {
-    "damaged safetensors": 2300,
+    "damaged safetensors": 1900,
     "safetensors headers": 1600,
     "JSON": 800,
     "settings": 300,
@@ -47,6 +49,8 @@ CASES = {
     "pickles inside sound zips": 1200,
     "old pickles": 500,
     "any bytes": 400,
+    "containers": 250,
+    "DDUF files": 150,
 }
 STATE_DICTS = 400  # test_checkpoint_fuzz.py
 MARGIN = 512 << 20  # bytes of address space that reading a file of a few KB may take
@@ -305,6 +309,79 @@ def test_shard_indices(tmp_path: Path) -> None:
     cases("shard indices", check)
 
 
+# --- structures in a file, and DDUF files ---
+
+
+def test_containers(tmp_path: Path) -> None:
+    """Networks and averages among values of every kind, at any depth: loaded as they are, or refused in one line."""
+    state = {name: t.detach() for name, t in tiny().state_dict().items()}
+    averages = [t + 1 for t in state.values()]
+    path = tmp_path / "a.pt"
+    loaded = 0
+
+    def value(rng: random.Random, depth: int) -> Any:
+        kind = rng.randrange(12 if depth < 4 else 6)
+        if kind < 6:
+            return [None, 3, "text", torch.zeros(2), torch.zeros(()), b"bytes"][kind]
+        if kind < 8:
+            few = rng.sample(sorted(state), rng.choice([1, 5, len(state)]))
+            return {rng.choice(["", "module.", "net."]) + name: state[name] for name in few}
+        if kind == 8:
+            return {"shadow_params": rng.choice([averages, averages[1:], averages[::-1], [None], []]), "decay": 0.9}
+        if kind == 9:
+            return [value(rng, depth + 1) for _ in range(rng.randrange(4))]
+        keys = ["model", "ema", "a.b", "", ".", "..", 3, None, "module", "state_dict", "n_averaged", "x" * 300]
+        return {rng.choice(keys): value(rng, depth + 1) for _ in range(rng.randrange(5))}
+
+    def check(rng: random.Random) -> None:
+        nonlocal loaded
+        content = {"model": state, **{f"k{i}": value(rng, 0) for i in range(rng.randrange(4))}}
+        if rng.random() < 0.5:
+            content = value(rng, 0)
+        layout = Layout(path, CONFIG.to_dict(), None, None, [], rng.choice([None, None, "model", "ema", "k0", "", "."]))
+        try:
+            found, family = identify(content, layout, "here")
+            assert family.load is not None
+            checkpoint = family.load(found)
+        except CheckpointError as error:
+            assert str(error).isprintable() and len(str(error)) > 20
+            return
+        loaded += 1
+        for name, tensor in checkpoint.model.state_dict().items():
+            assert torch.equal(tensor, state[name]) or torch.equal(tensor, state[name] + 1)
+
+    cases("containers", check)
+    assert loaded > 30
+
+
+def test_dduf_files(tmp_path: Path, trap: Path) -> None:
+    """Every member that is read has a checksum; members with other names are not even unpacked."""
+    members = {
+        "model_index.json": b"{}",
+        "unet/config.json": json.dumps(CONFIG.to_dict()).encode(),
+        "unet/diffusion_pytorch_model.safetensors": safetensors_save(tiny().state_dict()),
+        "unet/../../../outside.txt": b"x",
+        "../outside.txt": b"x",
+        "unet/modeling.py": b"raise SystemExit",
+    }
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    read = 0
+
+    def check(rng: random.Random) -> None:
+        nonlocal read
+        checkpoint = outcome(load, tmp_path / "a.dduf", damaged(stream.getvalue(), rng))
+        if checkpoint is not None:
+            read += 1
+            expected = tiny().state_dict()
+            assert all(torch.equal(t, expected[n]) for n, t in checkpoint.model.state_dict().items())
+
+    cases("DDUF files", check)
+    assert read < 50 and not list(tmp_path.parent.rglob("outside.txt"))
+
+
 # --- torch.save ---
 
 
@@ -350,7 +427,8 @@ def test_damaged_zips(tmp_path: Path, trap: Path) -> None:
 def test_pickles_inside_sound_zips(tmp_path: Path, trap: Path) -> None:
     """The checksums are right, so that the unpickler meets every change."""
     members = []
-    for content in (STATE, {**STATE, "x": Runs(trap)}, [STATE, {"state": {}}, 3]):
+    beside = {"args": argparse.Namespace(a=1), "model": STATE, "x": np.float64(2)}
+    for content in (STATE, {**STATE, "x": Runs(trap)}, [STATE, {"state": {}}, 3], beside, {**beside, "y": Runs(trap)}):
         with zipfile.ZipFile(io.BytesIO(torch_file(content))) as archive:
             members.append({name: archive.read(name) for name in archive.namelist()})
     path = tmp_path / "a.pt"
@@ -379,6 +457,9 @@ def test_old_pickles(tmp_path: Path, trap: Path) -> None:
     """torch.save's format before 1.6, which has no checksum, and plain pickles."""
     whole = {**STATE, "x": Runs(trap)}
     files = [torch_file(STATE, False), torch_file(whole, False), pickle.dumps(Runs(trap)), pickle.dumps({"a": [1.0]})]
+    settings_beside = {"args": argparse.Namespace(a=[1, 2]), "model": STATE, "x": np.float64(2)}
+    files += [torch_file(settings_beside, False), torch_file({**settings_beside, "x": Runs(trap)}, False)]
+    files += [pickle.dumps(settings_beside, protocol) for protocol in range(2, 6)]
     path = tmp_path / "a.pth"
 
     def check(rng: random.Random) -> None:

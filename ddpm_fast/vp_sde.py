@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 def why_not(schedule: Schedule) -> str:
-    """What of a schedule is not as the predictors need it; "" where all is."""
+    """The first field of a schedule that does not fit the predictors, and what they need; "" where all fit."""
     needed: dict[str, tuple[Any, ...]] = {
         "beta_schedule": ("linear", CONTINUOUS),
         "trained_betas": (None,),

@@ -193,6 +193,21 @@ def test_forty_steps_with_the_same_noise(net: Net, predictor: str, continuous: b
     assert relative(got, mean) <= 1e-4  # a chain of 40 compounds; a step alone is held to 1e-11 above
 
 
+def test_a_fused_step_is_the_reference_s(tmp_path: Path) -> None:
+    """In Triton's interpreter, or on a GPU: the last convolution, a predictor's row and its noise in one kernel."""
+    net = replace(DDPM, mults=(1,), attended=())
+    checkpoint, _ = opened(tmp_path, net, image_size=4, continuous=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def drawn(which: str) -> Tensor:
+        sampler = Sampler(checkpoint.model, checkpoint.schedule, steps=9, ops=which, device=device)
+        table = sampler.table
+        sampler.table = replace(table, rows=table.rows[4:5], timesteps=table.timesteps[4:5], draws=(True,))
+        return sampler.sample(1, seed=3).cpu()
+
+    assert relative(drawn("triton"), drawn("reference").double()) <= TOLERANCE
+
+
 def test_fewer_steps(tmp_path: Path) -> None:
     """A continuous model takes any number of them, as with num_scales there; one of timesteps visits fewer."""
     continuous = opened(tmp_path, DDPM, continuous=True, predictor="ancestral_sampling")[0].schedule

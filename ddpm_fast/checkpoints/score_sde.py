@@ -149,7 +149,7 @@ def _settings(
     sigmas: torch.Tensor | None,
     notes: list[str],
 ) -> dict[str, Any]:
-    """What builds the network and the schedule; notes say where each comes from."""
+    """The settings of network and schedule; notes say where each comes from."""
     notes.append("inferred from the shapes: " + _text(_architecture(structure)))
     told = dict(overrides)  # what need not be assumed
     if sigmas is not None:
@@ -263,7 +263,7 @@ def _architecture(s: Structure, image_size: int | None = None) -> dict[str, Any]
 def _check_architecture(
     found: Found, structure: Structure, settings: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> None:
-    """That architecture settings, where given, say what the weights say."""
+    """CheckpointError where an architecture setting is given and the weights say otherwise."""
     true = _architecture(structure, settings.get("image_size"))
     for name in _ARCHITECTURE:
         if name not in overrides or (name == "attn_resolutions" and settings.get("image_size") is None):

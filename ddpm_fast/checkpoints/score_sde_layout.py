@@ -43,7 +43,7 @@ _ATTENTION = {
 
 @dataclass(frozen=True)
 class Structure:
-    """What the shapes tell, and all that the names follow from."""
+    """The architecture as far as the shapes tell it; all names follow from it."""
 
     nf: int
     blocks: int  # num_res_blocks

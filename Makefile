@@ -37,7 +37,7 @@ kernels: .venv/ready  ## compile every kernel for sm_80 to sm_120 and read the m
 	$(BIN)/python -m benchmarks.compile_kernels
 
 bench: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## time every provider on this machine, write the pages' tables
-	$(RUN) -m ddpm_fast bench cifar10 --batch-size 1 4 16 --out benchmarks/results/cifar10-$(or $(KIND),cpu).json
+	$(RUN) -m ddpm_fast bench cifar10 --batch-size 1 4 16 --budget 7200 --out benchmarks/results/cifar10-$(or $(KIND),cpu).json
 	$(RUN) -m benchmarks.tables
 
 tables: $(if $(filter $(BIN)/python,$(RUN)),.venv/ready)  ## the tables of README.md and docs/performance.md from the JSON that is there

@@ -94,6 +94,17 @@ def busy(of: Case, ms: float) -> Crooked:
     return Odd(of, work)
 
 
+def hangs(of: Case) -> Crooked:
+    """Is never made."""
+    time.sleep(1000)
+    raise AssertionError
+
+
+def stalls(of: Case) -> Crooked:
+    """Right, and checked; its turns never end."""
+    return Odd(of, partial(time.sleep, 1000))
+
+
 def noisy(of: Case) -> Crooked:
     """Prints in every way there is, what looks like an answer too."""
 
@@ -169,7 +180,10 @@ def attention_times(factor: float) -> Iterator[None]:
         ops.cpu = before
 
 
-MAKERS = {f.__name__: f for f in (Crooked, fails, sleeps, busy, noisy, dies, selfish, observer, wrong_attention)}
+MAKERS = {
+    f.__name__: f
+    for f in (Crooked, fails, sleeps, busy, hangs, stalls, noisy, dies, selfish, observer, wrong_attention)
+}
 
 
 def is_alive(pid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def settings(**changes) -> run.Settings:
-    fields = {"batches": [2], "dtypes": ["float32"], "steps": 3, "startups": False, "rounds": (3, 3), "budget_s": 0.0}
+    fields = {"batches": [2], "dtypes": ["float32"], "steps": 3, "startups": False, "rounds": (3, 3)}
     return run.Settings(**{**fields, **changes})
 
 
@@ -305,7 +306,7 @@ def test_the_command_writes_a_table_and_json(monkeypatch, tmp_path: Path, capsys
         "guided",
         "--dtype",
     ]
-    words += ["float32", "--steps", "2", "--no-startup", "--budget", "0", "--out", str(out)]
+    words += ["float32", "--steps", "2", "--no-startup", "--budget", "600", "--out", str(out)]
     assert command(monkeypatch, tmp_path, *words) == 0
     shown = capsys.readouterr().out
     found = json.loads(out.read_text())
@@ -338,12 +339,94 @@ def test_a_wrong_set_of_ours_ends_with_exit_code_1(monkeypatch, tmp_path: Path, 
         (["--out", "x.txt"], "--out must be a .json file; got x.txt"),
         (["--threads", "0"], "--threads must be at least 1; got 0"),
         (["--steps", "0"], "--steps and --rounds must be at least 1"),
+        (["--budget", "0"], "--budget above 0; got 20, 3, 0"),
+        (["--budget", "nan"], "--budget above 0; got 20, 3, nan"),
     ],
 )
 def test_a_mistake_costs_one_line(monkeypatch, tmp_path: Path, capsys, words, message) -> None:
     assert command(monkeypatch, tmp_path, "bench", *words) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_a_batch_size_is_kept_and_shown_when_it_ends(monkeypatch, tmp_path: Path, capsys) -> None:
+    """Ctrl-C in the second of three: the first one is in the file, and the last line says what is left."""
+    df.save(tmp_path / "model", unet(TINY), SCHEDULE)
+    rows = run._Batch.rows
+
+    def stop_in_the_second(self, providers):
+        if self.case.batch == 2:
+            assert [r["batch"] for r in json.loads(out.read_text())["rows"]] == [1]
+            raise KeyboardInterrupt
+        return rows(self, providers)
+
+    monkeypatch.setattr(run._Batch, "rows", stop_in_the_second)
+    out = tmp_path / "found.json"
+    words = [str(tmp_path / "model"), "--batch-size", "1", "2", "4", "--providers", "reference", "--dtype", "float32"]
+    words += ["--steps", "2", "--no-startup"]
+    assert command(monkeypatch, tmp_path, "bench", *words, "--out", str(out)) == 130
+    shown = capsys.readouterr()
+    found = json.loads(out.read_text())
+    assert found["batches"] == [1, 2, 4] and [r["batch"] for r in found["rows"]] == [1]
+    assert found["rows"][0]["ms_a_step"]["median"] > 0 and "images/s" in shown.out and "batch 1" in shown.out
+    assert shown.err.splitlines()[-1] == (
+        f"ddpm-fast: interrupted; batch size 1 of 1, 2, 4 is in {out}; --batch-size 2 4 measures what is left, with "
+        "another --out"
+    )
+    monkeypatch.setattr(run._Batch, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command(monkeypatch, tmp_path, "bench", *words) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "ddpm-fast: interrupted; no batch size is finished, so nothing is kept"
+
+
+def test_a_spent_budget_names_all_that_was_not_measured() -> None:
+    there, missing = chosen(["reference", "guided"])
+    seen: list[int] = []
+    found = run.run(
+        checkpoint(),
+        [there, missing],
+        settings(batches=[1, 2], budget_s=0.0),
+        keep=lambda found: seen.append(len(found["rows"])),
+    )
+    assert seen == [2, 4] and [(r["batch"], r["provider"], r["reason"]) for r in found["rows"]] == [
+        (n, name, reason)
+        for n in (1, 2)
+        for name, reason in (("reference", "not measured: the budget was spent"), ("guided", "has no float32"))
+    ]
+    shown = text.report_text(found)
+    assert shown.count("reference float32: not measured: the budget was spent") == 2
+    assert run.wrong(found) == []
+
+
+def test_what_hangs_does_not_outlast_the_budget(fakes: Path) -> None:
+    """In the making, and in its turns: it is ended, and what is measured besides it stays."""
+    (reference,) = chosen(["reference"])
+    began = time.monotonic()
+    providers_ = [fake("hangs"), reference]
+    found = run.run(checkpoint(), providers_, settings(budget_s=25.0, baseline="reference float32"))
+    assert time.monotonic() - began < 35
+    hanging, right = found["rows"]
+    assert hanging["reason"] == "not measured: the budget was spent" and "failed" not in hanging
+    assert right["times_as_fast"]["value"] == 1  # the baseline was made first
+    began = time.monotonic()
+    found = run.run(checkpoint(), [fake("stalls"), reference], settings(budget_s=20.0))
+    assert time.monotonic() - began < 30
+    assert [r["reason"] for r in found["rows"]] == ["not measured: the budget was spent"] * 2
+
+
+def test_first_steps_that_did_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    time_ = run._Batch.time
+
+    def outlast(self, *args):
+        time_(self, *args)
+        self.until = time.monotonic() - 1
+
+    monkeypatch.setattr(run, "startup", lambda *_: pytest.fail("there is no time"))
+    monkeypatch.setattr(run._Batch, "time", outlast)
+    (reference,) = chosen(["reference"])
+    found = run.run(checkpoint(), [reference], settings(budget_s=1e4, startups=True))
+    assert found["rows"][0]["startup"] == {"failed": "not measured: the budget was spent"}
+    assert "reference float32: no first step: not measured: the budget was spent" in text.report_text(found)
 
 
 def test_the_help_names_every_provider(monkeypatch, tmp_path: Path, capsys) -> None:

@@ -112,6 +112,7 @@ def test_rounds_end_with_the_budget_or_when_nothing_is_left_to_learn(fake: Time)
         return len(found["a"].samples_ms)
 
     assert rounds(rounds=(3, 40), budget_s=0.0) == 3
+    assert rounds(rounds=(3, 40), budget_s=1e9, most_s=0.0) == 1  # whatever the least number
     assert rounds(rounds=(3, 40), budget_s=1e9, precision=0.0) == 40
     assert rounds(rounds=(3, 40), budget_s=1e9, precision=1e9) == timing.SETTLED
     # A round takes about 0.45 s: ten of them fit into 4.7 s.

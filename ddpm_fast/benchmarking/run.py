@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,15 +22,19 @@ from ..unet import UNet
 from .checks import Judge
 from .environment import environment, load_average
 from .providers import DTYPES, Case, Provider, Sampling
-from .startup import startup
+from .startup import TIME_LIMIT_S, startup
 from .timing import Comparison, OwnClock, Run, clock_for, compare
-from .worker import Worker, WorkerError
+from .worker import BudgetSpent, Worker, WorkerError
 
 if TYPE_CHECKING:
     from ..roofline import Roofs
 
 BASELINE = "diffusers float32"
 CONVOLUTION = "conv"
+NOT_MEASURED = "not measured: the budget was spent"
+ROUNDS_S = 120.0  # for the rounds of one batch size, once the least number of them is done
+# Of the time of a batch size, when making and checking must be done, and when the rounds where first steps follow.
+MAKING, ROUNDS = 0.6, 0.85
 MODEL = "model"  # a folder of the diffusers layout
 
 
@@ -42,7 +48,7 @@ class Settings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     baseline: str = BASELINE  # "PROVIDER DTYPE"; the first that is right, where it is not among them
     rounds: tuple[int, int] = (3, 20)
-    budget_s: float = 120.0  # for the rounds of one batch size
+    budget_s: float = math.inf  # of wall time for everything; what does not fit is not measured, and says so
     clock: str = "wall"  # or "cpu": of a worker on all its cores, for ratios on a machine that others use too
     startups: bool = True  # also each provider's first step and memory, in processes of their own
 
@@ -53,11 +59,28 @@ def run(
     settings: Settings,
     roofs: Sequence[Roofs] = (),
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Everything, JSON-ready: environment, roofs, and a row for each batch, provider and dtype.
+    """Check and time every provider at every batch size.
 
-    A row has either a ``reason`` (not available, or failed), or a ``check``; and a speed only where the check holds.
+    The budget is that of the whole: each batch size gets an equal part of what is left of it when its turn comes. A
+    worker that has not answered in time is ended; what runs in this process (float64, all providers on a GPU) is
+    finished first.
+
+    Args:
+        checkpoint: the network and its schedule.
+        providers: what is compared.
+        settings: what is timed, and how long.
+        roofs: the device's peaks, for shares of them.
+        say: is told what is being done.
+        keep: is given what was found so far, whenever a batch size has ended.
+
+    Returns:
+        Everything, JSON-ready: environment, roofs, the batch sizes that were asked for, and a row for each batch,
+        provider and dtype. A row has either a ``reason`` (not available, failed, or not measured), or a ``check``; and
+        a speed only where the check holds.
     """
+    end = time.monotonic() + settings.budget_s
     chain = checkpoint.schedule.num_train_timesteps
     steps = chain if settings.steps is None else min(settings.steps, chain)
     model, size = fitting(checkpoint)
@@ -70,6 +93,7 @@ def run(
         "chain": chain,
         "timed_steps": steps,
         "clock": settings.clock,
+        "batches": list(settings.batches),
         "roofs": [r.facts() for r in roofs],
         "rows": [],
     }
@@ -77,15 +101,17 @@ def run(
     with tempfile.TemporaryDirectory(prefix="ddpm-fast-bench-") as folder:
         if settings.startups:
             settings = _with_weights_on_disk(checkpoint, settings, Path(folder), say)
-        for batch in settings.batches:
+        for i, batch in enumerate(settings.batches):
             case = Case(model, checkpoint.schedule, batch, steps, settings.device)
-            rows = _Batch(case, settings, Path(folder), say).rows(providers)
+            part_s = (end - time.monotonic()) / (len(settings.batches) - i)
+            rows = _Batch(case, settings, Path(folder), say, part_s).rows(providers)
             for row in rows:
                 if "ms_a_step" in row:
                     _derive(row, chain, cost["flops"], peaks.get(row["dtype"]), settings.clock == "wall")
             found["rows"] += rows
+            found["environment"]["load_average_after"] = load_average()
+            keep(found)
             gc.collect()
-    found["environment"]["load_average_after"] = load_average()
     return found
 
 
@@ -114,29 +140,35 @@ class _Batch:
     each would take memory from all, and the driver would share the GPU out among contexts; what our operations set
     for a whole process is of the CPU.
 
-    folder: for what processes are to find.
+    folder: for what processes are to find. part_s: the seconds that it may take.
     """
 
-    def __init__(self, case: Case, settings: Settings, folder: Path, say: Callable[[str], None]):
+    def __init__(self, case: Case, settings: Settings, folder: Path, say: Callable[[str], None], part_s: float):
         self.case, self.settings, self.folder, self.say = case, settings, folder, say
+        now = time.monotonic()
+        self.until = now + part_s
+        self.made_by = now + part_s * MAKING
+        self.timed_by = now + part_s * (ROUNDS if settings.startups else 1.0)
         self.apart = case.device.type == "cpu"
         self.running = ExitStack()  # ends the workers, whatever happens
         self.judge = Judge(case)
-        # Now: a reference that fails is no provider's failure.
-        self.say(f"batch {case.batch}: the truth, in float64")
-        self.judge.truth()
-        self.judge.chain("philox")
 
     def rows(self, providers: Sequence[Provider]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
+        pairs = [(provider, dtype) for provider in providers for dtype in self.settings.dtypes]
+        order = sorted(pairs, key=lambda pair: f"{pair[0].name} {pair[1]}" != self.settings.baseline)
+        if time.monotonic() < self.made_by:  # now: a reference that fails is no provider's failure
+            self.say(f"batch {self.case.batch}: the truth, in float64")
+            self.judge.truth()
+            self.judge.chain("philox")
+        found: dict[tuple[str, str], dict[str, Any]] = {}
         ready: dict[str, tuple[Sampling, bool]] = {}
         with self.running:
-            for provider in providers:
-                for dtype in self.settings.dtypes:
-                    row, sampling = self.prepared(provider, dtype)
-                    rows.append(row)
-                    if sampling is not None:
-                        ready[_name(row)] = sampling, provider.ours
+            for provider, dtype in order:  # the baseline first: without it there are no ratios to it
+                row, sampling = self.prepared(provider, dtype)
+                found[provider.name, dtype] = row
+                if sampling is not None:
+                    ready[_name(row)] = sampling, provider.ours
+            rows = [found[provider.name, dtype] for provider, dtype in pairs]
             self.time(rows, ready)
         ready.clear()
         if self.settings.startups:
@@ -150,12 +182,17 @@ class _Batch:
         reason = provider.missing(case.device, precision)
         if reason is not None:
             return row | {"reason": reason}, None
+        if time.monotonic() >= self.made_by:
+            return row | {"reason": NOT_MEASURED}, None
         self.say(f"batch {case.batch}: {provider.name} {dtype}: making and checking it")
         sampling: Sampling | None = None
         try:
             with full_float32(provider.ours):
                 sampling = self.made(provider, dtype)
                 verdict = self.judge.verdict(sampling, precision, strict=provider.ours)
+        except BudgetSpent:
+            _end(sampling)
+            return row | {"reason": NOT_MEASURED}, None
         except Exception as error:  # other people's software fails in its own ways, and is not to stop the rest
             _end(sampling)
             return row | _failure(error), None
@@ -166,7 +203,9 @@ class _Batch:
     def made(self, provider: Provider, dtype: str) -> Sampling:
         if not self.apart:
             return provider.make(self.case, DTYPES[dtype])
-        return self.running.enter_context(Worker(provider, dtype, self.case, self.folder, self.settings.clock))
+        return self.running.enter_context(
+            Worker(provider, dtype, self.case, self.folder, self.settings.clock, self.made_by)
+        )
 
     def time(self, rows: list[dict[str, Any]], ready: dict[str, tuple[Sampling, bool]]) -> None:
         """Fills the rows of what is ready.
@@ -178,6 +217,10 @@ class _Batch:
         while ready:
             try:
                 timed = self.timed(ready)
+            except BudgetSpent:  # not even one round of all
+                for name in ready:
+                    by_name[name] |= {"reason": NOT_MEASURED}
+                break
             except WorkerError as error:
                 (name,) = (name for name, (sampling, _) in ready.items() if sampling is error.worker)
                 del ready[name], by_name[name]["check"]
@@ -190,6 +233,9 @@ class _Batch:
 
     def timed(self, ready: dict[str, tuple[Sampling, bool]]) -> Comparison:
         self.say(f"batch {self.case.batch}: timing {', '.join(ready)}")
+        for sampling, _ in ready.values():
+            if isinstance(sampling, Worker):
+                sampling.until = self.until
         baseline = self.settings.baseline if self.settings.baseline in ready else next(iter(ready))
         return compare(
             {name: _drawing(*made) for name, made in ready.items()},
@@ -197,7 +243,8 @@ class _Batch:
             OwnClock() if self.apart else clock_for(self.case.device),
             warmup=1,
             rounds=self.settings.rounds,
-            budget_s=self.settings.budget_s,
+            budget_s=ROUNDS_S,
+            most_s=max(0.0, self.timed_by - time.monotonic()),
             repeat=False,
         )
 
@@ -205,9 +252,13 @@ class _Batch:
         by_name = {p.name: p for p in providers}
         for row in rows:
             if "ms_a_step" in row:
+                left_s = self.until - time.monotonic()
+                if left_s <= 0:
+                    row["startup"] = {"failed": NOT_MEASURED}
+                    continue
                 self.say(f"batch {self.case.batch}: {_name(row)}: its first step, in a process of its own")
-                provider, case = by_name[row["provider"]], self.case
-                row["startup"] = startup(provider, row["dtype"], self.folder / MODEL, case.batch, case.device)
+                provider, case, limit_s = by_name[row["provider"]], self.case, min(left_s, TIME_LIMIT_S)
+                row["startup"] = startup(provider, row["dtype"], self.folder / MODEL, case.batch, case.device, limit_s)
 
 
 def _with_weights_on_disk(

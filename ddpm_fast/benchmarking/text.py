@@ -14,17 +14,23 @@ FULL = (*SPEED, "error (allowed)", "trajectory error", "first step s", "first im
 
 def report_text(found: dict[str, Any]) -> str:
     """All of it: the machine, the tables, what is not right or not there."""
-    parts = [heading(found)]
-    for batch in batches(found):
-        rows = [r for r in found["rows"] if r["batch"] == batch]
-        timed = [r for r in rows if "ms_a_step" in r]
-        parts.append(f"batch {batch}")
-        if timed:
-            parts[-1] += "\n" + columns(FULL, [cells(found, r, FULL) for r in timed])
-        remarks = [remark(r) for r in rows if "ms_a_step" not in r]
-        if remarks:
-            parts.append("\n".join(remarks))
-    return "\n\n".join([*parts, *notes(found)])
+    return "\n\n".join([heading(found), *(batch_text(found, batch) for batch in batches(found)), *notes(found)])
+
+
+def batch_text(found: dict[str, Any], batch: int) -> str:
+    """The table of one batch size, and why rows are missing from it."""
+    rows = [r for r in found["rows"] if r["batch"] == batch]
+    timed = [r for r in rows if "ms_a_step" in r]
+    parts = [f"batch {batch}"]
+    if timed:
+        parts[0] += "\n" + columns(FULL, [cells(found, r, FULL) for r in timed])
+    remarks = [remark(r) for r in rows if "ms_a_step" not in r]
+    remarks += [f"{r['provider']} {r['dtype']}: no first step: {r['startup']['failed']}" for r in timed if _failed(r)]
+    return "\n\n".join([*parts, *(["\n".join(remarks)] if remarks else [])])
+
+
+def _failed(row: Row) -> bool:
+    return "failed" in (row.get("startup") or {})
 
 
 def heading(found: dict[str, Any]) -> str:

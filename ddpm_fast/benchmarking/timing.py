@@ -158,7 +158,8 @@ def compare(
     *,
     warmup: int = 1,  # unmeasured calls of each
     rounds: tuple[int, int] = (5, 50),  # at least, at most
-    budget_s: float = 30.0,  # of wall time for the rounds; the least number of rounds is run in any case
+    budget_s: float = 30.0,  # of wall time for the rounds; the least number of rounds is run all the same
+    most_s: float = math.inf,  # the round in which so much time has passed, warming up included, is the last
     precision: float = 0.02,  # stop when each ratio's interval is this narrow, as a share of the ratio
     repeat: bool = True,  # short calls within a sample; False: one call a sample
     seed: int = 0,
@@ -180,6 +181,7 @@ def compare(
             f"warmup={warmup}, budget_s={budget_s}, precision={precision}"
         )
     clock = HostClock() if clock is None else clock
+    entered = now()
     for run in variants.values():
         for _ in range(warmup):
             run()
@@ -192,6 +194,8 @@ def compare(
         for name in names:
             samples[name].append(clock(variants[name], calls[name]) / calls[name])
         spent = now() - began
+        if began + spent - entered > most_s:
+            break
         if done >= least and (spent * (done + 1) / done > budget_s or _settled(samples, baseline, precision)):
             break
     return Comparison({name: Timed(tuple(s), calls[name]) for name, s in samples.items()}, baseline)
@@ -280,7 +284,7 @@ def overhead(step_ms: float = 10.0, rounds: int = 30) -> dict[str, float]:
     timed = compare({"step": step}, rounds=(1, rounds), precision=0.0, now=now)["step"]
     samples = timed.samples_ms
     excess = np.asarray(samples) - np.asarray(own[-len(samples) :])
-    between = np.diff(marks) * 1e3 - np.asarray(samples)
+    between = np.diff(marks[1:]) * 1e3 - np.asarray(samples)
     return {
         "step_ms": step_ms,
         "reported": float(np.median(excess)) / step_ms,

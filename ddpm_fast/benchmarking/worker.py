@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import queue
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,15 +48,26 @@ class WorkerError(RuntimeError):
         self.worker = worker
 
 
+class BudgetSpent(WorkerError):
+    """The time until which a worker was to answer is over; it was ended."""
+
+    def __init__(self, worker: Worker):
+        super().__init__("not measured: the budget was spent", worker)
+
+
 class Worker:
     """A `Sampling` elsewhere: a fresh interpreter that has made what ``provider`` makes. It must be ended.
 
     provider: told by its pickle, so ``make`` has to be importable there. folder: of one model and schedule alone: the
     first worker leaves them there for all others, and each makes a folder of its own. clock: "wall" or "cpu", of
-    `turn`. Raises WorkerError, as all that asks it does.
+    `turn`. until: by time.monotonic(), when it is ended if it has not answered; it may be changed. Raises WorkerError,
+    as all that asks it does.
     """
 
-    def __init__(self, provider: Provider, dtype: str, case: Case, folder: Path, clock: str = "wall"):
+    def __init__(
+        self, provider: Provider, dtype: str, case: Case, folder: Path, clock: str = "wall", until: float = math.inf
+    ):
+        self.until, self._expired = until, False
         if not (folder / WEIGHTS).exists():
             torch.save((case.model, case.schedule), folder / WEIGHTS)
         self.folder = Path(tempfile.mkdtemp(prefix="worker-", dir=folder))
@@ -101,10 +113,7 @@ class Worker:
     def end(self) -> None:
         """No process is left. It may be called again."""
         if self.process.poll() is None:
-            if hasattr(os, "killpg"):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            else:
-                self.process.kill()
+            self._kill()
             self.process.wait()
         for pipe in self._pipes():
             with contextlib.suppress(OSError):  # of a request that it can no longer take
@@ -126,13 +135,41 @@ class Worker:
         with contextlib.suppress(OSError):  # it has ended; why is told below
             requests.write(json.dumps([name, *arguments]) + "\n")
             requests.flush()
-        line = answers.readline()
+        with self._in_time():
+            line = answers.readline()
+        if self._expired:
+            raise BudgetSpent(self)
         if not line.endswith("\n"):
             raise WorkerError(self._ending(), self)
         answer = json.loads(line)
         if "failed" in answer:
             raise WorkerError(answer["failed"], self)
         return answer
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """End the process where it does not answer in time; who waits for it then finds its answers at their end."""
+        if self.until == math.inf:
+            yield
+            return
+        timer = threading.Timer(max(0.0, self.until - time.monotonic()), self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
 
     def _drawn(self) -> Tensor:
         return torch.load(self.folder / DRAWN, weights_only=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..benchmarking.names import PROVIDERS
+from .interruption import says_what_is_kept
 from .options import (
     DTYPES,
     Device,
@@ -58,7 +60,9 @@ def bench(
         str, typer.Option(metavar="'NAME DTYPE'", help="Whose speed counts as 1.")
     ] = "diffusers float32",
     rounds: Annotated[int, typer.Option(help="Time each provider at least this often.")] = 3,
-    budget: Annotated[float, typer.Option(help="Seconds for the rounds of one batch size.")] = 120.0,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for everything. What does not fit is named and not measured.")
+    ] = 1800.0,
     clock: Annotated[
         str,
         typer.Option(help="wall, or cpu: CPU time of a provider's process, for a machine that does other work too."),
@@ -80,10 +84,10 @@ def bench(
     from .. import roofline
     from ..benchmarking import providers as known
     from ..benchmarking import run as benchmark
-    from ..benchmarking.text import report_text
+    from ..benchmarking import text
     from ..whole_files import check_file, whole_file
 
-    where = chosen_device(device)
+    began, where = time.monotonic(), chosen_device(device)
     batches = [_whole(part, "--batch-size") for part in batch_size.split(",")]
     dtypes = (dtype or ",".join(_dtypes(where))).split(",")
     unknown = [d for d in dtypes if d not in DTYPES]
@@ -91,10 +95,8 @@ def bench(
         raise ValueError(f"--dtype must be of {', '.join(DTYPES)}; got {unknown[0]!r}")
     if clock not in ("wall", "cpu") or (clock == "cpu" and where.type != "cpu"):
         raise ValueError(f"--clock must be wall, or on a CPU cpu; got {clock!r} on {where.type}")
-    if steps < 1 or rounds < 1 or budget < 0:
-        raise ValueError(
-            f"--steps and --rounds must be at least 1, --budget not negative; got {steps}, {rounds}, {budget}"
-        )
+    if steps < 1 or rounds < 1 or not budget > 0:
+        raise ValueError(f"--steps and --rounds must be at least 1, --budget above 0; got {steps}, {rounds}, {budget}")
     chosen = known.chosen(providers.split(",") if providers else known.default_names(where))
     if out is not None:
         if out.suffix.lower() != ".json":
@@ -105,30 +107,53 @@ def bench(
     benchmark.fitting(checkpoint)  # before the roofs, which take seconds
     roofs = [roofline.roofs(where, known.DTYPES[d]) for d in dtypes if known.DTYPES[d] in _multiplied(where)]
     print(roofline.roofs_text(roofs) + "\n")
-    found = benchmark.run(
-        checkpoint,
-        chosen,
-        benchmark.Settings(
-            batches=batches,
-            dtypes=list(dict.fromkeys(dtypes)),
-            steps=None if full else steps,
-            device=where,
-            baseline=baseline,
-            rounds=(rounds, max(rounds, 20)),
-            budget_s=budget,
-            clock=clock,
-            startups=startup,
-        ),
-        roofs,
-        say=lambda line: print(f"ddpm-fast: {line}", file=sys.stderr),
-    )
-    print(report_text(found))
+    done: list[int] = []
+
+    def keep(found: dict[str, Any]) -> None:
+        """Show and save a batch size as it ends."""
+        if not done:
+            print(text.heading(found))
+        done.append(text.batches(found)[-1])
+        print("\n" + text.batch_text(found, done[-1]), flush=True)
+        if out is not None:
+            with whole_file(out) as file:
+                file.write((json.dumps(found, indent=1) + "\n").encode())
+
+    with says_what_is_kept(lambda: _kept(batches, done, out)):
+        found = benchmark.run(
+            checkpoint,
+            chosen,
+            benchmark.Settings(
+                batches=batches,
+                dtypes=list(dict.fromkeys(dtypes)),
+                steps=None if full else steps,
+                device=where,
+                baseline=baseline,
+                rounds=(rounds, max(rounds, 20)),
+                budget_s=budget - (time.monotonic() - began),
+                clock=clock,
+                startups=startup,
+            ),
+            roofs,
+            say=lambda line: print(f"ddpm-fast: {line}", file=sys.stderr),
+            keep=keep,
+        )
+    print("\n".join(["", *text.notes(found)]))
     if out is not None:
-        with whole_file(out) as file:
-            file.write((json.dumps(found, indent=1) + "\n").encode())
         print(f"\nwritten to {out}")
     if any(row["ours"] for row in benchmark.wrong(found)):
         raise SystemExit(1)
+
+
+def _kept(batches: list[int], done: list[int], out: Path | None) -> str:
+    if not done:
+        return "no batch size is finished, so nothing is kept"
+    left = " ".join(str(n) for n in batches if n not in done)
+    where = "above" if out is None else f"in {out}"
+    finished = f"batch size{'s' * (len(done) > 1)} {', '.join(map(str, done))} of {', '.join(map(str, batches))}"
+    return f"{finished} {'are' if len(done) > 1 else 'is'} {where}; --batch-size {left} measures what is left" + (
+        "" if out is None else ", with another --out"
+    )
 
 
 def roofs(

@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= $(BIN)/python
 KIND = $(shell $(RUN) -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')" 2>/dev/null)
 
-.PHONY: demo test oldest check lint types kernels bench tables gpu clean
+.PHONY: demo test avx2 oldest newest check lint types kernels bench tables gpu clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,12 +17,20 @@ demo: .venv/ready  ## draw 16 images with the bundled model into samples.png
 test: .venv/ready  ## the tests, on whatever machine this is
 	$(BIN)/python -m pytest
 
+avx2: .venv/ready  ## the tests of floating point as on a processor without AVX-512 and AMX
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m numeric
+
 # Without the pins of what is under test; PyTorch's default build for Linux, several GB.
 oldest:  ## the tests with the oldest torch and triton that pyproject.toml accepts
 	$(PYTHON) -m venv .venv-oldest
 	sed '/^torch==/d; /^triton==/d' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e '.[test]' torch==2.10.0 triton==3.6.0
 	.venv-oldest/bin/python -m pytest
+
+newest:  ## the tests with what `pip install ddpm-fast` takes today: the newest releases, without our constraints
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
+	.venv-newest/bin/python -m pytest
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -95,4 +103,4 @@ gpu-sanitize: gpu-there  ## memcheck and racecheck over the kernels' tests
 	  tail -n 3 $(RESULTS)/$$tool.txt; done; exit $$bad
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.house_rule import check
+from ddpm_fast.house_rule import allowed, check, error
 from ddpm_fast.kernels import reference
+
+
+def excess(got: Tensor, forward: Callable[..., Tensor], *inputs: Any) -> float:
+    """How many times the house rule's allowance ``got`` is off, at worst: it is right up to 1.
+
+    ``forward`` is the definition: run in float64 it is the truth, and in float32 it shows what that dtype costs.
+    A bound between two float32 networks would hold on some processors and not on others, which sum in other orders.
+    """
+    truth = forward(*map(double, inputs))
+    ours, torchs = error(got, truth), error(forward(*inputs), truth)
+    return max(ours.largest / allowed(torchs.largest), ours.rms / allowed(torchs.rms))
 
 
 def first_nan(x: Tensor) -> tuple[int, ...]:
@@ -32,9 +43,11 @@ def check_op(
 
 
 def double(x: Any) -> Any:
-    """Floating-point tensors in float64, tuples of them too; all else as it is."""
+    """Floating-point tensors in float64, those in tuples and dictionaries too; all else as it is."""
     if isinstance(x, Tensor):
         return x.double() if x.is_floating_point() else x
+    if isinstance(x, dict):
+        return {key: double(value) for key, value in x.items()}
     if isinstance(x, tuple):
         items = [double(i) for i in x]
         return type(x)(*items) if hasattr(x, "_fields") else tuple(items)

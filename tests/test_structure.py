@@ -253,3 +253,15 @@ def test_the_public_names():
     promised = {"load", "save", "UNet", "UNetConfig", "Schedule", "Sampler", "training_loss", "to_uint8", "__version__"}
     assert promised <= set(df.__all__) and all(hasattr(df, name) for name in df.__all__)
     assert PROJECT["project"]["scripts"] == {"ddpm-fast": "ddpm_fast.cli:main"}
+
+
+def test_the_numeric_tests_run_by_avx2_too():
+    """Each beginning of a name in the list is that of a file, and CI and `make avx2` run them so."""
+    import conftest
+
+    names = [p.name for p in (ROOT / "tests").glob("test_*.py")]
+    assert [start for start in conftest.NUMERIC if not any(name.startswith(start) for name in names)] == []
+    once_more = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
+    for file in (".ci/run", "Makefile"):
+        lines = (ROOT / file).read_text().splitlines()
+        assert [line for line in lines if once_more in line and line.endswith("-m pytest -m numeric")], file

@@ -193,7 +193,7 @@ def _chart(
 
 
 def _table(p: Profile) -> str:
-    heads = []
+    heads: list[str] = []
     for title, key, number in COLUMNS:
         sort = ' aria-sort="descending"' if key == "gap_s" else ""
         css = ' class="num"' if number else ' class="word"' if heads else ""

@@ -24,6 +24,7 @@ from .classes import listed, null_class
 from .graphs import why_no_loop
 from .ops import recording, reference
 from .ops.triton_set import falls_back
+from .stages import stage
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
 from .vp_sde import PREDICTORS
@@ -103,6 +104,7 @@ def fallbacks(model: UNet, chain: StepTable) -> dict[str, int]:
     return {**reasons, **({why: 1} if why else {})}
 
 
+@stage("counting what a step costs")
 def describe(checkpoint: Checkpoint, batch_size: int = 1) -> dict[str, Any]:
     """Architecture, schedule, cost and the loader's notes of a checkpoint, JSON-ready."""
     model = checkpoint.model
@@ -221,6 +223,7 @@ def _lucidrains_lines(m: dict[str, Any]) -> list[str]:
     return [*lines, "  operations  torch's, not the fused kernels; the step, its noise and the graph are ours"]
 
 
+@stage("looking at devices and packages")
 def diagnose() -> dict[str, Any]:
     """Versions, devices, what works here and what "auto" takes for it, and what is missing. JSON-ready.
 

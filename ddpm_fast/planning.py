@@ -24,6 +24,7 @@ from .kernels.cost import CHANNEL_PAD, Cost, total
 from .ops import Ops
 from .ops.records import Record
 from .schedule import Schedule
+from .stages import stage
 from .step_table import StepTable, step_table
 from .unet import TimeRows, UNet
 
@@ -88,6 +89,7 @@ class Plan:
         return self.batch / (self.fused.seconds * self.steps)
 
 
+@stage("planning a step")
 def plan(
     config: UNetConfig,
     schedule: Schedule,

@@ -26,6 +26,7 @@ from .benchmarking.environment import device_name
 from .benchmarking.timing import Clock, Run, clock_for
 from .house_rule import full_float32
 from .ops.compiled import user_cache
+from .stages import stage
 from .whole_files import whole_file
 
 BUDGET_S = 3.0  # for all roofs of one dtype
@@ -96,7 +97,7 @@ def roofs(
 
 def measure(device: torch.device, dtype: torch.dtype, clock: Clock, budget_s: float = BUDGET_S) -> Roofs:
     """Measure now. A third of the budget goes to each roof, shared by its shapes. float32 is without TF32."""
-    with full_float32(), _cudnn_chooses():
+    with stage(f"measuring this device's peak rates in {_name(dtype)}"), full_float32(), _cudnn_chooses():
         rates = _rates(device, dtype, clock, budget_s)
     return Roofs(
         device=device_name(device),

@@ -17,12 +17,18 @@ DELAY_S = 1.5  # of silence, after which the stage at work is named
 
 _shown = False
 _last_line_s = 0.0
+_last_line = ""
 
 
 def show() -> None:
-    """Name stages on stderr from now on. Of the processes that torchrun started, the first one speaks."""
-    global _shown, _last_line_s
-    _shown, _last_line_s = os.environ.get("RANK", "0") == "0", time.monotonic()
+    """Name stages on stderr from now on. Of the processes that torchrun started, the first one speaks.
+
+    DDPM_FAST_STAGES=0 in the environment keeps them silent, for a process whose stderr is for errors alone.
+    """
+    global _shown, _last_line_s, _last_line
+    _last_line = ""
+    _shown = os.environ.get("RANK", "0") == "0" and os.environ.get("DDPM_FAST_STAGES") != "0"
+    _last_line_s = time.monotonic()
 
 
 def hide() -> None:
@@ -64,6 +70,9 @@ def stage_now(text: str) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    global _last_line_s
+    global _last_line_s, _last_line
     _last_line_s = time.monotonic()
+    if text == _last_line:  # a stage that comes once more
+        return
+    _last_line = text
     print(f"ddpm-fast: {text}", file=sys.stderr, flush=True)

@@ -22,7 +22,9 @@ from .engine import CallableProgram, Program, StepProgram
 from .house_rule import FLOOR, Error, error, full_float32, within, worst
 from .kernels.reference import CLIP, INITIAL_STEP, KO, KX, philox_normal, sampler_step, threshold
 from .ops import Ops
+from .progress import progress_bar
 from .sampler import Sampler
+from .stages import stage
 from .unet import UNet
 
 
@@ -98,6 +100,7 @@ def verify(
     label: int | None = None,  # class of all images; None: they differ, where the model has classes
     steps: int | None = 20,  # of the chain; None: all
     probes: int | None = 8,  # steps of it that are judged; None: all
+    progress: bool = False,
 ) -> Report:
     """Run a chain three ways: in float64, in torch as it is in ``dtype``, and by `Sampler`'s own steps.
 
@@ -120,7 +123,7 @@ def verify(
         sampler = Sampler(model, schedule, batch_size=n, graph="none", **options)
         labels = _labels(sampler, model, n, label)
         chains = _Chains(model, sampler, n, seed, labels)
-        judged, final = chains.run(_spread(len(sampler.table), probes))
+        judged, final = chains.run(_spread(len(sampler.table), probes), progress)
         exact = {}
         if device.type == "cuda":
             graph = Sampler(model, schedule, batch_size=n, **options)
@@ -171,22 +174,25 @@ class _Chains:
         self.times = self.table.times()
 
     @torch.inference_mode()
-    def run(self, judged: list[int]) -> tuple[list[Probe], Pair]:
+    def run(self, judged: list[int], progress: bool = False) -> tuple[list[Probe], Pair]:
         x = theirs = self.noise(INITIAL_STEP)
         third = their_third = torch.zeros_like(x) if self.self_condition else self.labels
         probes = []
-        for i in range(len(self.table)):
-            out = self.network(self.truth, i, x, third)
-            after = self.step(i, x, out)
-            self.expect_finite(i, out, after)
-            if i in judged:
-                probes.append(self.probe(i, x, third, out, after))
-            their_out = self.network(self.plain, i, theirs, their_third)
-            if self.self_condition:
-                third, their_third = self.x0(i, x, out), self.x0(i, theirs, their_out)
-            # Kept in float32 between steps, as by every chain here.
-            x, theirs = after.float(), self.step(i, theirs, their_out)
-        self.ours = self.sampler.sample(self.n, self.seed, self.labels, check_finite=False)  # judged as it is
+        with progress_bar(progress, len(self.table), "step", "against float64") as bar:
+            for i in range(len(self.table)):
+                out = self.network(self.truth, i, x, third)
+                after = self.step(i, x, out)
+                self.expect_finite(i, out, after)
+                if i in judged:
+                    probes.append(self.probe(i, x, third, out, after))
+                their_out = self.network(self.plain, i, theirs, their_third)
+                if self.self_condition:
+                    third, their_third = self.x0(i, x, out), self.x0(i, theirs, their_out)
+                # Kept in float32 between steps, as by every chain here.
+                x, theirs = after.float(), self.step(i, theirs, their_out)
+                bar.update()
+        with stage("drawing the images by the operations themselves"):
+            self.ours = self.sampler.sample(self.n, self.seed, self.labels, check_finite=False)  # judged as it is
         return probes, Pair(error(self.ours, after, 2.0), error(theirs, after, 2.0))
 
     def expect_finite(self, i: int, out: Tensor, after: Tensor) -> None:

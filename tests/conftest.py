@@ -34,6 +34,7 @@ _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, min(4, torch.get_num_threads(), (os.cpu_count() or 1) // _workers))
 torch.set_num_threads(_threads)
 os.environ["OMP_NUM_THREADS"] = str(_threads)  # of the processes that tests start
+os.environ["DDPM_FAST_STAGES"] = "0"  # which lines of progress a command writes depends on how busy the machine is
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 

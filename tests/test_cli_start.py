@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+from models import TINY, unet
 
-from ddpm_fast import stages
+import ddpm_fast as df
+from ddpm_fast import cli, stages
 from ddpm_fast.benchmarking.names import PROVIDERS
 from ddpm_fast.benchmarking.providers import DTYPES, providers
 from ddpm_fast.cli import options
 from ddpm_fast.cli.commands import app
+from ddpm_fast.evaluation.features import Extractor
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)  # type: ignore
@@ -32,7 +40,7 @@ QUICK = [
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DDPM_FAST_STAGES": "1", **more}
 
 
 @pytest.mark.parametrize("words", QUICK, ids=" ".join)
@@ -78,6 +86,7 @@ def test_the_names_that_are_known_before_torch_are_the_right_ones():
 def patience(monkeypatch: pytest.MonkeyPatch):
     """Stages that are shown, as a command has them, with a tenth of a second for its second and a half."""
     monkeypatch.setattr(stages, "DELAY_S", 0.1)
+    monkeypatch.delenv("DDPM_FAST_STAGES")
     stages.show()
     yield
     stages.hide()
@@ -105,11 +114,14 @@ def test_from_python_and_beside_rank_0_stages_are_silent(
     monkeypatch.setattr(stages, "DELAY_S", 0.0)
     with stages.stage("of a library"):
         time.sleep(0.1)
-    monkeypatch.setenv("RANK", "1")
-    stages.show()
-    with stages.stage("of the second process"):
-        time.sleep(0.1)
-    stages.hide()
+    for variable, value in (("RANK", "1"), ("DDPM_FAST_STAGES", "0")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("DDPM_FAST_STAGES")
+            patch.setenv(variable, value)
+            stages.show()
+            with stages.stage("of another process"):
+                time.sleep(0.1)
+            stages.hide()
     assert capsys.readouterr() == ("", "")
 
 
@@ -146,3 +158,86 @@ def test_a_log_has_a_line_when_the_import_takes_long(tmp_path: Path):
         text=True,
     )
     assert process.stdout.splitlines() == ["ddpm-fast: importing torch", "imported"]
+
+
+class AtOnce:
+    """A timer that needs no waiting for."""
+
+    daemon = False
+
+    def __init__(self, delay_s: float, function: Callable[..., None], arguments: list[str]):
+        self.start = lambda: function(*arguments)
+
+    def cancel(self) -> None:
+        pass
+
+
+PAIR = ("a.npz", "b.npz")
+BENCH = ("--batch-size", "1", "--providers", "reference", "--dtype", "float32", "--steps", "1", "--budget", "0")
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("sample", "model", "-n", "1"), ["loading model", "choosing the operations", "preparing the network"]),
+        (("inspect", "model"), ["loading model", "counting what a step costs"]),
+        (("doctor", "--json"), ["looking at devices and packages"]),
+        (("verify", "model", "-n", "1", "--steps", "1", "--json"), ["loading model", "choosing the operations"]),
+        (("plan", "tiny", "--json"), ["planning a step"]),
+        (("convert", "model", "copy"), ["loading model", "writing copy"]),
+        (("roofs", "--dtype", "float32", "--json"), ["measuring this device's peak rates in float32"]),
+        (
+            ("profile", "model", "--steps", "1", "--batch-size", "1", "--ops", "reference", "--json"),
+            [
+                "loading model",
+                "preparing the network",
+                "timing 1 step of 1 image",
+                "measuring this device's peak rates",
+            ],
+        ),
+        (
+            ("bench", "tiny", "--set", "sample_size=8", *BENCH, "--rounds", "1", "--no-startup"),
+            ["making random weights", "measuring this device's peak rates", "batch 1: the truth, in float64"],
+        ),
+        (
+            ("evaluate", "a.npz", "--against", "b.npz", "--cache", "cache", "--json"),
+            ["loading the network whose features are compared", "computing the features of 20 images of b.npz"],
+        ),
+        (("evaluate", "--pair", *PAIR, "--json"), ["loading the network whose", "comparing the two sets"]),
+        (
+            ("train", "a.npz", "--out", "r", "--set", "steps=1", "--set", "sample_every=0", "--set", "batch_size=1"),
+            ["reading a.npz", "building the network", "data: 20 images", "network: ", "training: steps 0 to 1"],
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_command_names_its_stages_on_stderr(
+    words: tuple[str, ...], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """What takes long has a name, in this order; and --json leaves stdout to JSON."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "roofs"))
+    monkeypatch.setattr(
+        "ddpm_fast.roofline._SHAPES", {"copy": ([1], []), "gemm": ([(8, 8, 8)], []), "conv": ([(1, 8, 4)], [])}
+    )
+    monkeypatch.setattr("ddpm_fast.roofline.BUDGET_S", 0.0)
+    monkeypatch.setattr(stages, "threading", SimpleNamespace(Timer=AtOnce))
+    monkeypatch.delenv("DDPM_FAST_STAGES")
+    df.save(tmp_path / "model", unet(TINY), df.Schedule(num_train_timesteps=4))
+    for seed, name in enumerate(PAIR):
+        pixels = np.random.default_rng(seed).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / name, arr_0=pixels)
+    if "evaluate" in words:
+        monkeypatch.setattr("ddpm_fast.evaluation.features._efficientnet_lite0", lambda device: Extractor(
+            "mean", "FD", 3, device, lambda x: x.float().mean((2, 3))
+        ))  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert not stop.value.code, err
+    lines = [line.removeprefix("ddpm-fast: ") for line in err.splitlines()]
+    places = [next((i for i, line in enumerate(lines) if line.startswith(name)), -1) for name in named]
+    assert -1 not in places and places == sorted(places), (lines, places)
+    if "--json" in words:
+        json.loads(out)

@@ -346,7 +346,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: object) -> tuple[i
 def test_the_command(saved: Path, monkeypatch: Any, capsys: Any):
     words = (saved, "--device", "cpu", "--steps", 4, "--probes", 2, "-n", 1, "--dtype", "bfloat16")
     code, out, err = run(monkeypatch, capsys, *words)
-    assert (code, err) == (0, "") and "within the house rule" in out and "cpu in bfloat16 on cpu" in out
+    assert code == 0 and "within the house rule" in out and "cpu in bfloat16 on cpu" in out
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["against float64"] * 2 and "4/4" in err
     code, out, _ = run(monkeypatch, capsys, *words, "--json")
     facts = json.loads(out)
     assert code == 0 and facts["ok"] is True and [p["step"] for p in facts["probes"]] == [0, 3]
@@ -360,7 +361,7 @@ def test_a_planted_bug_exits_with_1(saved: Path, monkeypatch: Any, capsys: Any):
     for bug in ("residual a little off", "not a number at the end"):
         monkeypatch.setattr(ops, "cpu", lambda bug=bug: BUGS[bug])
         code, out, err = run(monkeypatch, capsys, *words)
-        assert (code, err) == (1, "") and "NOT within the house rule" in out
+        assert code == 1 and "NOT within the house rule" in out and "4/4" in err
         code, out, _ = run(monkeypatch, capsys, *words, "--json")
         assert code == 1 and json.loads(out)["ok"] is False
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..stages import stage
 from . import diffusers, ho, lucidrains, lucidrains_layout, openai, score_sde
 from .containers import Contents, choose, flatten, is_optimizer, networks, note_left_out, without_strays
 from .conversion import TARGETS, write
@@ -80,9 +81,10 @@ def load(
     The model is in eval mode, float32, on the CPU; the checkpoint's notes say what was inferred or assumed.
     Raises CheckpointError, a ValueError of one line.
     """
+    what = "the bundled model" if source is None else os.fspath(source)
     source = BUNDLED if source is None else source
     name = os.fspath(source)
-    with opened(source) as path:
+    with stage(f"loading {what}"), opened(source) as path:
         try:
             layout = locate(path, weights)
             content = read_weights(layout.weights)

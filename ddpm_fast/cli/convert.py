@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..stages import stage
 from .options import Settings, Weights, WeightsPreset, assignments, chosen_dtype
 
 
@@ -42,6 +43,8 @@ def convert(
         check_names(out, ("model_index.json",), ("unet", "scheduler"))
     stored = None if dtype is None else chosen_dtype(dtype)
     checkpoint = checkpoints.load(source, weights_preset, assignments(settings), weights=weights)
-    for note in checkpoints.convert(checkpoint, out, to, stored):
+    with stage(f"writing {out}"):
+        notes = checkpoints.convert(checkpoint, out, to, stored)
+    for note in notes:
         print(f"- {note}")
     print(f"{source} ({checkpoint.family}) as {to} in {out}")

@@ -61,6 +61,7 @@ def verify(
         label=class_number(label, checkpoint),  # type: ignore[arg-type]
         steps=None if full else steps,
         probes=None if full else probes,
+        progress=True,
     )
     print(json.dumps(report.facts(), indent=2) if as_json else report_text(report))
     if not report.ok:

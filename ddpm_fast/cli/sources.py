@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..stages import stage
+
 
 def measured(source: str | None, preset: str | None, overrides: dict[str, Any], weights: str | None = None) -> Any:
     """A checkpoint, or a network with random weights from seed 0, on which a speed does not depend."""
@@ -20,7 +22,9 @@ def measured(source: str | None, preset: str | None, overrides: dict[str, Any], 
     preset_model = str(source) if named else None
     title, config, schedule = described(None if named else source, preset_model, preset, overrides, weights)
     torch.manual_seed(0)
-    return Checkpoint(UNet(config).eval(), schedule, f"{title} (random weights)", "random weights", [])
+    with stage("making random weights"):
+        network = UNet(config).eval()
+    return Checkpoint(network, schedule, f"{title} (random weights)", "random weights", [])
 
 
 def described(

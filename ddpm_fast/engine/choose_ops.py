@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import ops as ops_module
 from ..ops import Ops, compiled, winograd_set
+from ..stages import stage
 from ..unet import Attention, UNet
 
 NAMES = ("auto", "reference", "cpu", "winograd", "triton")
@@ -20,6 +21,7 @@ NAMES = ("auto", "reference", "cpu", "winograd", "triton")
 LONG_RUN = 1e12
 
 
+@stage("choosing the operations")
 def choose_ops(
     ops: str | Ops,
     device: torch.device,

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Ops
+from ..stages import stage
 from ..unet import Attention, Resampler, ResnetBlock, SkipDownBlock, SkipUpBlock, UNet
 
 
+@stage("preparing the network")
 def prepare(model: UNet, dtype: torch.dtype, device: torch.device | str, ops: Ops) -> UNet:
     """A copy of ``model`` for inference with ``ops``, computing in ``dtype``; the model is not touched.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..data.image_files import DataError
 from ..images import whole_file
 from ..ops.compiled import user_cache
 from ..progress import progress_bar
+from ..stages import stage
 from .features import Extractor
 from .image_stream import ImageStream
 
@@ -113,7 +115,9 @@ def features_of(stream: ImageStream, extractor: Extractor, batch_size: int = 64,
 
 def feature_batches(stream: ImageStream, extractor: Extractor, batch_size: int, progress: bool) -> Iterator[Tensor]:
     """Features [N, F] batch by batch, in order."""
-    with progress_bar(progress, stream.count, "image", Path(stream.source).name) as bar:
+    name = Path(stream.source).name
+    quiet = nullcontext() if progress else stage(f"computing the features of {stream.count:,} images of {name}")
+    with quiet, progress_bar(progress, stream.count, "image", name) as bar:
         for pixels in stream.batches(batch_size):
             yield extractor(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2))
             bar.update(len(pixels))

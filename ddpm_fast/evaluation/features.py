@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..stages import stage
+
 EXTRACTORS = ("efficientnet-lite0", "inception")
 
 
@@ -34,6 +36,7 @@ class Extractor:
         return self.run(images.to(self.device)).float().cpu()
 
 
+@stage("loading the network whose features are compared")
 def extractor(name: str, device: torch.device | str = "cpu", weights: Path | None = None) -> Extractor:
     """The extractor called ``name``.
 

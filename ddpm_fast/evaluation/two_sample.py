@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_seed
+from ..stages import stage
 from .features import Extractor
 from .image_stream import ImageStream
 
@@ -63,6 +64,7 @@ class PairReport:
         return {**self.__dict__, "interval": list(self.interval), **verdicts}
 
 
+@stage("comparing the two sets")
 def compare_pair(
     a: ImageStream,
     b: ImageStream,

@@ -24,6 +24,7 @@ from ..planning import Line, group
 from ..roofline import Roofs, roofs
 from ..sampler import Sampler
 from ..schedule import Schedule
+from ..stages import stage
 from ..unet import UNet
 from .nvml import Series, Watch
 from .probe import Clock, Probe, Step, clock_for
@@ -216,13 +217,15 @@ def profile(
     if not 1 <= steps <= chain:
         raise ValueError(f"steps must be in 1..{chain}, the steps of the chain; got {steps}")
     labels = _labels(model, batch_size)
-    probe, plain = measure(with_ops(sampler, sampler.ops), steps, clock or clock_for(where), labels)
+    with stage(f"timing {steps} step{'s' * (steps != 1)} of {batch_size} image{'s' * (batch_size != 1)}"):
+        probe, plain = measure(with_ops(sampler, sampler.ops), steps, clock or clock_for(where), labels)
     needed = {dtype} | {r.dtype for r in probe.records if r.cost.flops}
     found = {_name(d): find_roofs(where, d) for d in needed}
     calls = _calls(probe, found, _name(dtype))
     run = None
     if where.type == "cuda":
-        run = watched_run(sampler, graph, seconds, labels, Watch([where]), lambda: torch.cuda.synchronize(where))
+        with stage(f"watching the GPU at work for {seconds:g} s"):
+            run = watched_run(sampler, graph, seconds, labels, Watch([where]), lambda: torch.cuda.synchronize(where))
     before, between, after = (statistics.median(gap) for gap in zip(*(step.gaps for step in probe.steps)))
     p = Profile(
         title=title,

@@ -39,6 +39,7 @@ class BackgroundEvaluation:
         environment = dict(os.environ)
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # it is one process
             environment.pop(name, None)
+        environment["DDPM_FAST_STAGES"] = "0"  # what it writes there are errors
         if "cpu" in self.command:
             environment["OMP_NUM_THREADS"] = "1"  # the cores are training's
         with open(self.run / ERRORS, "ab") as errors:

@@ -32,6 +32,7 @@ from ..presets import ADJUSTABLE, TrainConfig, learning_rate
 from ..progress import animated, progress_bar
 from ..sampler import Sampler, to_uint8
 from ..schedule import Schedule
+from ..stages import stage
 from . import state as train_state
 from .background_evaluation import BackgroundEvaluation
 from .report import begin_lines
@@ -83,10 +84,14 @@ def train(
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     where = distributed.own_device(where, distributed.of_environment())
     with distributed.join(where) as world, _own_random_state(where), _deterministic(where):
-        trainer = world.together(lambda: Trainer(data, model_config, schedule, train_config, where, init_from, world))
+        with stage("building the network"):
+            trainer = world.together(
+                lambda: Trainer(data, model_config, schedule, train_config, where, init_from, world)
+            )
         run = world.together(lambda: _Run(trainer, out, progress))
         try:
-            run.open(resume, record or {})
+            with stage("comparing with the last state, if there is one"):
+                run.open(resume, record or {})
             if say is not None and world.first:
                 for line in begin_lines(trainer, run.start):
                     say(line)

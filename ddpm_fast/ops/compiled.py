@@ -23,8 +23,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from ..stages import stage
-
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast")
 COMPILERS = ("c++", "g++", "clang++")
 ANSWER_S = 20.0  # for a compiler to say its version
@@ -226,7 +224,6 @@ def _intact(path: Path) -> bool:
         return False
 
 
-@stage("compiling the C++ transforms of winograd")
 def _build(path: Path, source: str, command: list[str], timeout_s: float = COMPILE_S) -> None:
     """Compile to ``path``. OSError where its folder cannot hold it, BuildError where the compiler fails."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kernels import host_memory, norm_compiled, norm_cpu, onednn, reference, upsample_difference
 from ..kernels.native import ELEMENTS
 from ..kernels.norm_compiled import CompiledNorm
+from ..stages import stage
 from . import compiled
 from .sets import Ops
 
@@ -115,7 +116,8 @@ def compiled_norm(dtype: torch.dtype) -> CompiledNorm | None:
     Warns, where there is a compiler and it fails: without it torch's operations are a few percent slower.
     """
     try:
-        return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
+        with stage("compiling the norm of cpu"):
+            return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
     except compiled.NoCompilerError:
         return None
     except compiled.BuildError as error:

@@ -23,6 +23,7 @@ from ..kernels.onednn import PackedConv
 from ..kernels.reference import Shortcut
 from ..kernels.winograd import UP, Kernels, PartStats, Products, Scheme, Source, scheme_for
 from ..kernels.winograd_source import SOURCE
+from ..stages import stage
 from . import compiled, cpu_set
 from .sets import Ops
 
@@ -102,7 +103,8 @@ def kernels(dtype: torch.dtype) -> Kernels:
     """The compiled functions for a dtype; RuntimeError where they cannot be compiled."""
     if dtype not in _KERNELS:
         defines = {"ELEMENT": ELEMENTS[dtype]}
-        _KERNELS[dtype] = Kernels(compiled.library("winograd", SOURCE, defines))
+        with stage("compiling the transforms of winograd"):
+            _KERNELS[dtype] = Kernels(compiled.library("winograd", SOURCE, defines))
     return _KERNELS[dtype]
 
 

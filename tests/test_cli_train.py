@@ -236,6 +236,32 @@ def test_a_stopped_run_prints_the_command_that_goes_on(run: Any, photos: Path, t
     assert run(*shlex.split(hint)[1:])[0] == 0 and steps_of(tmp_path / "a run") == 3
 
 
+def test_an_interrupt_that_leaves_no_time_says_which_state_is_kept(
+    run: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As a second Ctrl-C does: at step 3, where states were saved after 1 and 2; and before any was."""
+    from ddpm_fast.training.step import Trainer
+
+    step, last = Trainer.step, 2
+
+    def interrupted(self: Trainer, k: int, batch: Any) -> Any:
+        if k == last:
+            raise KeyboardInterrupt
+        return step(self, k, batch)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    words = ("train", "photos", "--image-size", 8, *settings(steps=5, checkpoint_every=1), "--out")
+    code, out, err = run(*words, "r")
+    said = "ddpm-fast: interrupted; the state of step 2 is kept; to go on: ddpm-fast train --out r"
+    assert (code, out, err.splitlines()[-1]) == (130, "", said)
+    last = 0
+    said = "ddpm-fast: interrupted; no state is saved yet; to go on: ddpm-fast train --out s"
+    assert run(*words, "s")[2].splitlines()[-1] == said
+    last = 99
+    for folder in ("r", "s"):
+        assert run("train", "--out", folder)[0] == 0 and steps_of(tmp_path / folder) == 5
+
+
 def test_the_command_for_several_processes(monkeypatch: pytest.MonkeyPatch):
     from ddpm_fast.cli.train import resume_command
 

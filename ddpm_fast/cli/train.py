@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..stages import stage
+from .interruption import says_what_is_kept
 from .options import Device, Settings, assignments, chosen_device
 
 if TYPE_CHECKING:
@@ -134,16 +135,17 @@ def run(asked: Asked, device_name: str | None) -> None:
             record = world.on_first(lambda: read_record(asked.out))
             world.on_first(lambda: check_out(asked.out, "--out"))  # before the data is read
             prepared = world.together(lambda: prepare(asked, record))
-            result = training.train(
-                prepared.images,
-                asked.out,
-                prepared.model,
-                prepared.schedule,
-                prepared.config,
-                where,
-                say=lambda line: print(f"ddpm-fast: {line}", file=sys.stderr),
-                record={"preset": prepared.preset},
-            )
+            with says_what_is_kept(lambda: _kept(asked.out, device_name, world.size), world.first):
+                result = training.train(
+                    prepared.images,
+                    asked.out,
+                    prepared.model,
+                    prepared.schedule,
+                    prepared.config,
+                    where,
+                    say=lambda line: print(f"ddpm-fast: {line}", file=sys.stderr),
+                    record={"preset": prepared.preset},
+                )
     except distributed.OtherProcessFailed:
         raise SystemExit(2) from None
     if world.first and result.finished:
@@ -154,6 +156,17 @@ def run(asked: Asked, device_name: str | None) -> None:
         print(f"ddpm-fast: stopped at step {result.step:,}, which is saved; to go on: {again}", file=sys.stderr)
     if not result.finished:
         raise SystemExit(130)
+
+
+def _kept(out: Path, device: str | None, processes: int) -> str:
+    """After a signal that left no time to save a state: the last one, and how to go on from it."""
+    from ..training.state import state_paths
+
+    paths = state_paths(out / "state")
+    step = (
+        f"the state of step {int(paths[-1].stem.removeprefix('step_')):,} is kept" if paths else "no state is saved yet"
+    )
+    return f"{step}; to go on: {resume_command(out, device, processes)}"
 
 
 def sample_command(out: Path, model: UNetConfig) -> str:

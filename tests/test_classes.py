@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,12 @@ def test_the_rule_in_numbers():
     assert null_class(4, None, guided=True) == 3 and null_class(4, ["a"] * 3, guided=True) == 3
     assert listed(12, [f"n{i}" for i in range(12)]) == "n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, ..."
     assert listed(10, [str(i) for i in range(10)]) == "0 to 9" and listed(1) == "0"
+
+
+def test_the_hint_at_export_works_when_pasted(models: Path, run: Any):
+    words = ("sample", "plain", "-n", 2, "--label", "all", "--out", "a set")
+    assert run(*words, "--store")[0] == 0
+    code, _, err = run(*words, "--pngs")
+    hint = err.partition("or ddpm-fast ")[2].partition(" for PNGs")[0]
+    assert code == 2 and hint == "export 'a set' FOLDER"
+    assert run(*shlex.split(hint))[0] == 0 and len(list((models / "FOLDER").glob("*.png"))) == 2

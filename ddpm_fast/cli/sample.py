@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,7 +169,8 @@ def _is_store(out: Path, n: int, store: bool | None, shard_size: int | None, ver
         raise ValueError(f"{asked[0]} needs --out to be a folder of shards; got {'--pngs' if not a_file else out}")
     begun, pngs = (out / MANIFEST).exists(), (out / IDENTITY).exists()
     if store is False and begun:
-        raise ValueError(f"{out} holds a set of shards: name another folder, or ddpm-fast export {out} FOLDER for PNGs")
+        export = shlex.join(["ddpm-fast", "export", str(out), "FOLDER"])
+        raise ValueError(f"{out} holds a set of shards: name another folder, or {export} for PNGs")
     if asked and pngs:
         raise ValueError(f"{asked[0]} needs a folder of shards; {out} holds PNGs of a set: name another folder")
     return not a_file and store is not False and bool(asked or begun or (n > MOST_PICTURES and not pngs))

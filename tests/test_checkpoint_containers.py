@@ -111,6 +111,10 @@ ONE_NETWORK: dict[str, tuple[Any, str | None]] = {
         lambda s: {**s, **{f"{n}.total_ops": torch.zeros(1).double() for n in ("conv_in", "mid_block.resnets.0")}},
         "left out, as they are no weights: conv_in.total_ops, mid_block.resnets.0.total_ops",
     ),
+    "inside k-diffusion's wrapper": (
+        lambda s: {"log_sigmas": torch.ones(9), **prefixed("inner_model.", s)},
+        "the network in the file is inner_model; left out: log_sigmas",
+    ),
     "averages alone": (lambda s: {"ema": s}, "the network in the file is an averaged one (ema)"),
 }
 
@@ -122,6 +126,11 @@ def test_one_network_in_a_file(name: str, tmp_path: Path) -> None:
     is_of(checkpoint, RAW)
     told = [n for n in checkpoint.notes if "in the file" in n or "left out" in n]
     assert told == [] if note is None else any(note in n for n in told), told
+
+
+def test_a_wrapper_that_may_mean_another_process(tmp_path: Path) -> None:
+    checkpoint = load(stored(tmp_path, prefixed("inner_model.", RAW.state_dict())))
+    assert any("as k-diffusion wraps them: its images are right if it was trained" in n for n in checkpoint.notes)
 
 
 def test_torch_s_own_averaged_model(tmp_path: Path) -> None:
@@ -172,6 +181,10 @@ SEVERAL: dict[str, tuple[Any, list[str]]] = {
             "step": 7,
         },
         ["model", "ema"],
+    ),
+    "a list": (
+        lambda raw, ema: {"model": raw, "ema_params": list(ema.values()), "ema_rate": 0.999},
+        ["model", "ema_params"],
     ),
     "three": (
         lambda raw, ema: {"model": raw, "teacher": {n: t.clone() for n, t in raw.items()}, "ema": ema},

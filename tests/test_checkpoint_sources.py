@@ -219,6 +219,7 @@ PLACES = {
     "hf://org/name/unet": ("org/name", None, "unet"),
     "hf://models/org/name": ("org/name", None, ""),
     "https://huggingface.co/org/name": ("org/name", None, ""),
+    "huggingface.co/org/name/tree/v1/unet": ("org/name", "v1", "unet"),
     "https://huggingface.co/org/name/": ("org/name", None, ""),
     "https://huggingface.co/org/name/tree/main": ("org/name", None, ""),
     "https://huggingface.co/org/name/tree/main/unet": ("org/name", None, "unet"),
@@ -330,7 +331,7 @@ def test_a_training_folder_of_a_repository(hub: Hub) -> None:
 
 def test_a_file_of_a_repository(hub: Hub) -> None:
     is_of(load("https://huggingface.co/org/name/blob/main/single/both.pt"), AVERAGED)
-    is_of(load("org/name/single/both.pt", weights="net"), RAW)
+    is_of(load("hf://org/name/single/both.pt", weights="net"), RAW)
     assert "single/config.json" in hub.fetched() and "unet/config.json" not in hub.fetched()
 
 
@@ -339,9 +340,21 @@ def test_accelerate_s_names_in_a_repository(hub: Hub) -> None:
 
 
 def test_what_a_repository_has_not(hub: Hub) -> None:
-    for source in ("org/name/absent", "org/name/single/absent.pt"):
-        with pytest.raises(CheckpointError, match=f"^{source} has none of the files of a diffusers checkpoint$"):
+    for source in ("org/name/absent", "hf://org/name/single/absent.pt"):
+        with pytest.raises(
+            CheckpointError, match=f"^{source.removeprefix('hf://')} has none of the files of a diffusers checkpoint$"
+        ):
             load(source)
+
+
+def test_a_mistyped_path_is_not_asked_for_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's name, and a path below a folder that is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/first").mkdir(parents=True)
+    for source in ("results/first/model.pt", "runs/first/unett"):
+        with pytest.raises(CheckpointError, match="does not exist, neither as a folder nor as a file"):
+            load(source)
+    assert hub.calls == []
 
 
 def test_a_local_folder_goes_before_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

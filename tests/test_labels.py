@@ -14,7 +14,7 @@ from ddpm_fast.checkpoints import Checkpoint
 from ddpm_fast.diffusion import training_loss
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
-from ddpm_fast.verification import same_in_any_batch, verify
+from ddpm_fast.verification import verify
 
 N = 4
 SCHEDULE = Schedule(num_train_timesteps=3)
@@ -96,7 +96,3 @@ def test_models_that_take_embeddings_or_times() -> None:
         by_time(X, T, RIGHT[:, None])
     with pytest.raises(ValueError, match=r"pass labels\.reshape\(-1\)"):
         Sampler(by_time, SCHEDULE).sample(N, labels=RIGHT[:, None])
-
-
-def test_batches_of_labels() -> None:
-    assert same_in_any_batch(Sampler(MODEL, SCHEDULE), N, labels=RIGHT)

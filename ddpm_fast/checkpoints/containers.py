@@ -70,6 +70,8 @@ def flatten(content: Any, path: Path) -> Contents:
             raise CheckpointError(f"{path} holds more than {MAX_ENTRIES:,} values; it is no checkpoint")
         if isinstance(value, Tensor):
             contents.tensors.setdefault(name, value)
+        elif isinstance(value, (list, tuple)) and len(value) > 1 and _is_averaged(name, {}) and _tensors(value):
+            contents.ordered[f"{name}."] = list(value)
         elif not isinstance(value, (dict, list, tuple)) or is_optimizer(value):
             contents.others.append(name)
         elif depth <= MAX_DEPTH and id(value) not in within:
@@ -81,7 +83,7 @@ def flatten(content: Any, path: Path) -> Contents:
         if isinstance(value, dict):
             prefix = f"{name}." if name else ""
             averages = value.get("shadow_params")
-            ordered = isinstance(averages, (list, tuple)) and all(isinstance(t, Tensor) for t in averages)
+            ordered = isinstance(averages, (list, tuple)) and _tensors(averages)
             if isinstance(averages, (list, tuple)) and ordered:
                 contents.ordered[prefix] = list(averages)
             elif any(isinstance(v, Tensor) for v in value.values()):
@@ -95,6 +97,10 @@ def flatten(content: Any, path: Path) -> Contents:
 
     walk(content, "", 0)
     return contents
+
+
+def _tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
 
 
 def is_optimizer(value: Any) -> bool:
@@ -315,6 +321,11 @@ def _is_stray(name: str, tensor: Tensor) -> bool:
 
 def note_left_out(contents: Contents, network: Network, found: Sequence[Network], notes: list[str]) -> None:
     """Notes what the file holds beside its networks, by the shortest names that tell it from the chosen one."""
+    if "inner_model" in network.prefix.split("."):
+        notes.append(
+            "the network is an inner_model, as k-diffusion wraps them: its images are right if it was trained on the "
+            "timesteps of a DDPM, and not on continuous noise levels (sigmas)"
+        )
     prefixes = tuple(n.prefix for n in found if n.family.load is not None)
     places = {n.place for n in found}
     inside = network.prefix.split(".")[:-1]

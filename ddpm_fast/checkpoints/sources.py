@@ -73,12 +73,17 @@ def _local(source: str | os.PathLike[str]) -> Path:
 def hub_place(text: str) -> HubPlace | None:
     """org/name[/folder][@revision], hf://org/name[@revision][/folder], or the address of a page on the hub.
 
-    None for what is no place on the hub. Raises CheckpointError for other addresses.
+    None for what is no place on the hub, or rather a local path: a file's name, or below a folder that is there.
+    Raises CheckpointError for other addresses.
     """
+    if text.startswith(tuple(f"{host}/" for host in _HOSTS)):
+        text = f"https://{text}"
     scheme, separator, rest = text.partition("://")
     if not separator:
         match = _HUB_ID.fullmatch(text)
         if match is None or ".." in text:
+            return None
+        if match["inside"] and (text.lower().endswith(_SUFFIXES) or Path(text.partition("/")[0]).is_dir()):
             return None
         return HubPlace(match["repo"], match["revision"], (match["inside"] or "").strip("/"))
     parts: list[str]

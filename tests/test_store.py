@@ -232,7 +232,9 @@ MISSING = object()
 
 
 @pytest.mark.parametrize(
-    "junk", [MISSING, None, -1, 0, "x", [], {}, True, 1.5, 1e99, 2**64, float("nan"), [[]]], ids=str
+    "junk",
+    [MISSING, None, -1, 0, "x", [], {}, True, 1.5, 1e99, 2**64, float("nan"), [[]]],
+    ids=lambda junk: "missing" if junk is MISSING else str(junk),
 )
 def test_an_edited_manifest_costs_one_line(junk: Any, whole: Path):
     """Every field of a manifest removed or replaced: a set that reads, or one line that names file and field."""

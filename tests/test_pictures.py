@@ -19,7 +19,7 @@ from test_cli import Run, checkpoint, classes, drawn, run
 from ddpm_fast.cli import sample as cli_sample
 from ddpm_fast.data import load_data
 from ddpm_fast.evaluation.image_stream import open_stream
-from ddpm_fast.store import StoreError
+from ddpm_fast.store import SampleStore, StoreError
 from ddpm_fast.store.export import export
 from ddpm_fast.store.pictures import PictureFolder, draw_pictures
 from ddpm_fast.store.workers import fill
@@ -249,6 +249,31 @@ def test_a_file_that_cannot_be_written_at_the_end_keeps_its_images(
     monkeypatch.setattr("ddpm_fast.sampler.Sampler.sample", None)  # nothing is drawn
     assert run(*words)[:2] == (0, f"4 images in {out}\n")
     assert os.listdir(tmp_path) == [out]
+
+
+@pytest.mark.parametrize("out", ["pngs", "a.npz", "a.tar"])
+def test_an_interrupted_export_says_what_is_there(out: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = begin(tmp_path / "set", n=8)
+    fill(store, StandIn())
+    load = SampleStore.load
+
+    def stop(self: SampleStore, shard: int) -> Any:
+        if shard == 1:
+            raise KeyboardInterrupt
+        return load(self, shard)
+
+    before = files(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleStore, "load", stop)
+        code, _, err = run("export", "set", out)
+    said = {"pngs": "4 images are in pngs; the same command goes on"}
+    other = f"{out} is not written; set is as it was, and the same command begins again"
+    assert code == 130 and err.splitlines()[-1] == f"ddpm-fast: interrupted; {said.get(out, other)}"
+    if out == "pngs":
+        assert sorted(pixels(tmp_path / "pngs")) == [0, 1, 2, 3]
+    else:
+        assert files(tmp_path) == before
+    assert run("export", "set", out)[0] == 0
 
 
 def test_an_interruption_before_the_first_batch_leaves_no_image(

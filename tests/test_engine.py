@@ -208,9 +208,24 @@ def three(device: torch.device) -> Tensor:
     return fused(device, 3).sample(3, seed=3, first_id=7)
 
 
-def test_fused_samples_keep_the_house_rule(three: Tensor):
-    same = Sampler(network(), SCHEDULE, 3, steps=STEPS, dtype=torch.bfloat16).sample(3, seed=3, first_id=7)
-    check(three.cpu(), same, oracle(network(), STEPS, [7, 8, 9], 3))
+@pytest.mark.parametrize("t", STEPS)
+def test_fused_samples_keep_the_house_rule(t: int, device: torch.device):
+    """One step; of more, the rounding compounds. That they follow one another is held below, bit for bit."""
+    got = fused(device, 2, steps=[t]).sample(2, seed=3, first_id=7)
+    same = Sampler(network(), SCHEDULE, 2, steps=[t], dtype=torch.bfloat16).sample(2, seed=3, first_id=7)
+    check(got.cpu(), same, oracle(network(), [t], [7, 8], 3))
+
+
+def test_fused_steps_follow_one_another(three: Tensor, device: torch.device):
+    """The second step starts from what the first one left: the low-precision copy is x_t's, and the row the next."""
+    sampler = fused(device, 3)
+    seen: list[Tensor] = []
+    sampler.sample(3, seed=3, first_id=7, callback=lambda done, x: seen.append(x.clone()))
+    program, _ = sampler._program(3, False)
+    program.begin(3, [7, 8, 9], x=seen[1])
+    program.counter[0] = 1
+    program.step()
+    assert torch.equal(program.x, three) and torch.equal(seen[2], three)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -173,7 +173,7 @@ class AtOnce:
 
 
 PAIR = ("a.npz", "b.npz")
-BENCH = ("--batch-size", "1", "--providers", "reference", "--dtype", "float32", "--steps", "1", "--budget", "0")
+BENCH = ("--batch-size", "1", "--providers", "reference", "--dtype", "float32", "--steps", "1", "--budget", "20")
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ BENCH = ("--batch-size", "1", "--providers", "reference", "--dtype", "float32", 
             ],
         ),
         (
-            ("bench", "tiny", "--set", "sample_size=8", *BENCH, "--rounds", "1", "--no-startup"),
+            ("bench", "tiny", "--set", "sample_size=8", *BENCH, "--rounds", "1", "--no-startup", "--json"),
             ["making random weights", "measuring this device's peak rates", "batch 1: the truth, in float64"],
         ),
         (

@@ -38,7 +38,7 @@ def test_an_option_is_of_one_kind_in_every_command():
         kinds.setdefault(word, set()).add((parameter.is_flag, parameter.name))
     assert {word: kind for word, kind in kinds.items() if len(kind) > 1} == {}
     takers = {word: {name for name, option, _ in options() if option == word} for word in kinds}
-    assert takers["--json"] >= {"inspect", "doctor", "verify", "plan", "evaluate", "roofs", "profile"}
+    assert takers["--json"] >= {"inspect", "doctor", "verify", "plan", "evaluate", "roofs", "profile", "bench"}
     assert next(p for name, word, p in options() if (name, word) == ("profile", "--json")).is_flag
     assert takers["--preset"] == {"train"}
     assert takers["--weights-preset"] == {"sample", "inspect", "verify", "plan", "profile", "bench", "convert"}

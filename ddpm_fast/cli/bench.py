@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,7 @@ def bench(
     threads: Threads = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Save all results in this .json file.")] = None,
+    as_json: Json = False,
     weights: Weights = None,
     weights_preset: WeightsPreset = None,
     settings: Settings = None,
@@ -106,15 +108,16 @@ def bench(
     checkpoint = measured(source, weights_preset, assignments(settings), weights)
     benchmark.fitting(checkpoint)  # before the roofs, which take seconds
     roofs = [roofline.roofs(where, known.DTYPES[d]) for d in dtypes if known.DTYPES[d] in _multiplied(where)]
-    print(roofline.roofs_text(roofs) + "\n")
+    show = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    show(roofline.roofs_text(roofs) + "\n")
     done: list[int] = []
 
     def keep(found: dict[str, Any]) -> None:
         """Show and save a batch size as it ends."""
         if not done:
-            print(text.heading(found))
+            show(text.heading(found))
         done.append(text.batches(found)[-1])
-        print("\n" + text.batch_text(found, done[-1]), flush=True)
+        show("\n" + text.batch_text(found, done[-1]))
         if out is not None:
             with whole_file(out) as file:
                 file.write((json.dumps(found, indent=1) + "\n").encode())
@@ -138,9 +141,11 @@ def bench(
             say=lambda line: print(f"ddpm-fast: {line}", file=sys.stderr),
             keep=keep,
         )
-    print("\n".join(["", *text.notes(found)]))
+    show("\n".join(["", *text.notes(found)]))
+    if as_json:
+        print(json.dumps(found, indent=2))
     if out is not None:
-        print(f"\nwritten to {out}")
+        show(f"\nwritten to {out}")
     if any(row["ours"] for row in benchmark.wrong(found)):
         raise SystemExit(1)
 

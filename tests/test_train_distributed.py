@@ -248,7 +248,9 @@ def two(world: World, folder: Path) -> None:
         "other rate": lambda: run(folder / "dropout", lr=0.5),
         "NaN": lambda: run(folder / "nan", lr=1e30, warmup_steps=0, log_every=4, grad_clip=None),
         "no image each": lambda: run(folder / "y", batch_size=1),
-        "the command": lambda: training_cli.run("", folder, "huge", None, 0.0, False, False, CPU, {}),
+        "the command": lambda: training_cli.run(
+            training_cli.Asked(None, folder, "huge", None, None, False, False, {}), "cpu"
+        ),
         "full disk": lambda: run(folder / "full"),
     }.items():
         if name == "full disk" and world.first:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
 from models import TINY, unet
 
@@ -43,7 +46,8 @@ def test_an_option_is_of_one_kind_in_every_command():
     assert takers["--preset"] == {"train"}
     assert takers["--weights-preset"] == {"sample", "inspect", "verify", "plan", "profile", "bench", "convert"}
     assert takers["--batch-size"] == {"sample", "inspect", "evaluate", "plan", "profile", "bench"}
-    assert not {"--batch", "--preset-model"} & set(takers) and "evaluate" not in takers["--weights"]
+    assert takers["--weights"] == takers["--weights-preset"] | {"evaluate"}
+    assert not {"--batch", "--preset-model"} & set(takers)
 
 
 def test_every_option_and_argument_has_a_help_text_that_is_a_sentence():
@@ -102,6 +106,28 @@ def test_evaluate_understands_weights(tmp_path: Path, monkeypatch: Any, capsys: 
     words = ("evaluate", "a.npz", "--against", "b.npz", "--features", "inception")
     new = run(monkeypatch, capsys, *words, "--inception-weights", tmp_path / "none")
     assert new == run(monkeypatch, capsys, *words, "--weights", tmp_path / "none") and new[0] == 2
+
+
+def test_evaluate_draws_from_the_network_that_is_named(saved: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
+    """Trained weights of zeros draw other images than the averages beside them, so the distance differs."""
+    average = df.load(saved).model.state_dict()
+    trained = {name: torch.zeros_like(t) for name, t in average.items()}
+    torch.save({"model": trained, "ema": average}, tmp_path / "run.pt")
+    for place in ("unet/config.json", "scheduler/scheduler_config.json"):
+        shutil.copy(saved / place, tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images)
+
+    def distance(*words: str) -> float:
+        given = ("evaluate", tmp_path / "run.pt", "--against", tmp_path / "data.npz", "--draw", 2, "--json", *words)
+        code, out, err = run(monkeypatch, capsys, *map(str, given))
+        assert code == 0, err
+        return float(json.loads(out)["distance"])
+
+    assert distance() == distance("--weights", "ema") != distance("--weights", "model")
+    words = ("evaluate", str(tmp_path / "run.pt"), "--against", "x", "--draw", "2", "--weights", "no")
+    wrong = run(monkeypatch, capsys, *words)
+    assert wrong[0] == 2 and "no weights 'no'; it has model, ema" in wrong[2]
 
 
 @pytest.mark.parametrize("form", ["new", "former", "former with ="])

@@ -100,7 +100,7 @@ for command, kind in (
     (engine.verify, command_class(_PRESET)),
     (engine.plan, command_class(_BATCH | _PRESET)),
     (export.export, command_class()),
-    (evaluate.evaluate, command_class({"--weights": "--inception-weights"})),
+    (evaluate.evaluate, command_class()),
     (bench.roofs, command_class(several=bench.SEVERAL)),
     (profile.profile, profile.ProfileCommand),
     (bench.bench, command_class(_BATCH | _PRESET, bench.SEVERAL)),

@@ -40,6 +40,12 @@ def evaluate(
     draw: Annotated[
         int | None, typer.Option(metavar="N", help="Draw N images from the checkpoint SAMPLES and evaluate those.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="With --draw: which of several networks in the checkpoint. Default: the averaged one."
+        ),
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Scale and crop DATA to this many pixels first.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images processed together.")] = 64,
     most_pairs: Annotated[int, typer.Option(help="With --pair: compare at most this many images of each set.")] = 5000,
@@ -56,6 +62,7 @@ def evaluate(
     The measures are the Frechet distance and KID. With --pair: test whether two sets of samples of one model differ."""
     from ..arguments import check_seed
     from ..evaluation.features import extractor
+    from ..evaluation.image_stream import open_stream
     from ..whole_files import check_file, check_folder
 
     if batch_size < 1:
@@ -65,6 +72,8 @@ def evaluate(
         raise ValueError("give either SAMPLES with --against DATA, or --pair A B")
     if pair is None and against is None:
         raise ValueError("SAMPLES need --against DATA: the images that they should look like")
+    if weights is not None and (draw is None or Path(weights).is_file()):  # the former name of --inception-weights
+        inception_weights, weights = inception_weights or Path(weights), None
     if log is not None:
         check_file(log, "--log")
     if save is not None:
@@ -76,7 +85,6 @@ def evaluate(
     chosen = extractor(features, chosen_device(device), inception_weights)
     progress = not as_json
     if pair is not None:
-        from ..evaluation.image_stream import open_stream
         from ..evaluation.two_sample import compare_pair
 
         first, second = (open_stream(path) for path in pair)
@@ -84,7 +92,10 @@ def evaluate(
         facts, text = report.facts(), pair_text(report)
     else:
         assert samples is not None and against is not None
-        result = _against(samples, against, chosen, draw, image_size, batch_size, seed, cache, save, device, progress)
+        if draw is not None and draw < 2:
+            raise ValueError(f"--draw must be at least 2; got {draw}")
+        stream = open_stream(samples) if draw is None else _drawn(samples, weights, draw, batch_size, seed, device)
+        result = _against(stream, against, chosen, image_size, batch_size, seed, cache, save, progress)
         facts, text = result.facts(), evaluation_text(result)
     if note is not None:
         facts["note"] = note
@@ -95,24 +106,19 @@ def evaluate(
 
 
 def _against(
-    samples: str,
+    stream: Any,
     against: str,
     chosen: Any,
-    draw: int | None,
     image_size: int | None,
     batch_size: int,
     seed: int,
     cache: Path | None,
     save: Path | None,
-    device: str | None,
     progress: bool,
 ) -> Any:
     from .. import evaluation
     from ..evaluation.image_stream import open_stream
 
-    if draw is not None and draw < 2:
-        raise ValueError(f"--draw must be at least 2; got {draw}")
-    stream = open_stream(samples) if draw is None else _drawn(samples, draw, batch_size, seed, device)
     if Path(against).suffix.lower() == ".npz" and evaluation.is_statistics(Path(against)):
         known = evaluation.load_statistics(Path(against))
     else:
@@ -122,7 +128,7 @@ def _against(
     return evaluation.evaluate(stream, known, chosen, batch_size, progress, seed)
 
 
-def _drawn(source: str, n: int, batch_size: int, seed: int, device: str | None) -> Any:
+def _drawn(source: str, weights: str | None, n: int, batch_size: int, seed: int, device: str | None) -> Any:
     """Samples of a checkpoint as a stream, drawn as they are asked for; of every class in turn where it has some."""
     import torch
 
@@ -131,7 +137,7 @@ def _drawn(source: str, n: int, batch_size: int, seed: int, device: str | None) 
     from ..sampler import Sampler, to_uint8
     from ..store.manifest import classes_of
 
-    checkpoint = load(source)
+    checkpoint = load(source, weights=weights)
     sampler = Sampler(checkpoint.model, checkpoint.schedule, batch_size=batch_size, device=chosen_device(device))
 
     classes = classes_of(sampler)

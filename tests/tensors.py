@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddpm_fast.house_rule import allowed, check, error
+from ddpm_fast.house_rule import FLOOR, allowed, check, error
 from ddpm_fast.kernels import reference
 
 
@@ -22,6 +24,61 @@ def excess(got: Tensor, forward: Callable[..., Tensor], *inputs: Any) -> float:
     truth = forward(*map(double, inputs))
     ours, torchs = error(got, truth), error(forward(*inputs), truth)
     return max(ours.largest / allowed(torchs.largest), ours.rms / allowed(torchs.rms))
+
+
+# How many times the one measured shake two chains may be apart: both round, and the largest element of one draw of
+# random signs may be half of another's.
+SHAKES = 4
+
+
+def shake(out: Tensor, generator: torch.Generator) -> Tensor:
+    """``out`` with every value moved up or down by `FLOOR`: what other orders of its float32 sums may give."""
+    signs = torch.randint(0, 2, out.shape, generator=generator).to(out.dtype) * 2 - 1
+    return out + FLOOR * signs * out.abs().clamp_min(out.square().mean().sqrt())
+
+
+@contextmanager
+def shaken(network: nn.Module) -> Iterator[None]:
+    """Inside the block each output of ``network`` is shaken, with random signs of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return shake(out, generator)
+        if isinstance(out, tuple):
+            return shake(out[0], generator), *out[1:]
+        return type(out)(sample=shake(out.sample, generator))
+
+    handle = network.register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def rounding(network: nn.Module, draw: Callable[[], Any], drawn: Any) -> float:
+    """How far a chain of ``network`` in float32 may be from ``drawn`` on another processor, at the worst element.
+
+    A chain multiplies the rounding of each step by all later steps, by a factor that is the chain's own. It is
+    measured: ``draw``, which gave ``drawn``, runs once more with every output of the network shaken.
+    """
+    with shaken(network):
+        again = draw()
+    return SHAKES * float(np.abs(np.asarray(again, float) - np.asarray(drawn, float)).max())
+
+
+def same_chain(ours: Any, theirs: Any, network: nn.Module, draw: Callable[[], Any], tables: float = 0.0) -> bool:
+    """Whether two chains of a network in float32 agree as far as rounding lets them on any processor.
+
+    Args:
+        ours, theirs: what they ended in.
+        network: the one that ``theirs`` runs; its outputs are shaken if the chains differ by more than ``tables``.
+        draw: draws ``theirs`` again.
+        tables: what they may differ by for a reason other than rounding: diffusers' tables are float32.
+    """
+    a, b = np.asarray(ours, float), np.asarray(theirs, float)
+    off = float(np.abs(a - b).max()) if a.shape == b.shape else np.inf
+    return off <= tables or off <= tables + rounding(network, draw, theirs)
 
 
 def first_nan(x: Tensor) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from score_sde_oracle import DDPM, DDPMPP, VP, Net, forward, weights
-from tensors import fresh
+from tensors import SHAKES, excess, fresh, shake
 from torch import Tensor
 
 from ddpm_fast import ops
@@ -20,7 +21,7 @@ from ddpm_fast.checkpoints.score_sde import ALIASES, PRESETS
 from ddpm_fast.checkpoints.score_sde_layout import structure_of
 from ddpm_fast.cli import main
 from ddpm_fast.engine.prepared import prepare
-from ddpm_fast.house_rule import check
+from ddpm_fast.house_rule import FLOOR, check
 from ddpm_fast.inspection import describe, describe_text
 from ddpm_fast.kernels.reference import sampler_step
 from ddpm_fast.ops import compiled
@@ -29,7 +30,7 @@ from ddpm_fast.schedule import Schedule
 from ddpm_fast.step_table import step_table
 from ddpm_fast.unet import TimeRows
 
-TOLERANCE = 1e-5  # of the oracle's RMS, at the worst element
+TOLERANCE = 1e-11  # of the oracle's RMS, at the worst element: networks are compared in float64
 NETS: dict[str, Net] = {
     "ddpm": DDPM,
     "ddpmpp": DDPMPP,
@@ -68,6 +69,11 @@ def inputs(net: Net) -> tuple[Tensor, Tensor]:
     return torch.randn(2, net.channels, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.25, 731.5])
 
 
+def in64(checkpoint: Checkpoint, x: Tensor, t: Tensor) -> Tensor:
+    """The network's output in float64, where no processor's order of sums is felt."""
+    return copy.deepcopy(checkpoint.model).double()(x.double(), t.double() if t.is_floating_point() else t)
+
+
 def relative(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).abs().max() / truth.square().mean().sqrt())
 
@@ -83,8 +89,8 @@ def test_outputs_are_the_oracle_s(name: str, tmp_path: Path) -> None:
     x, t = inputs(net)
     truth = forward(net, sd, x.double(), t.double())
     assert checkpoint.family == "Score-SDE"
-    assert relative(checkpoint.model(x, t), truth) <= TOLERANCE
-    assert relative(checkpoint.model.double()(x.double(), t.double()), truth) <= 1e-13
+    assert excess(checkpoint.model(x, t), lambda x, t: forward(net, sd, x, t), x, t) <= 1
+    assert relative(in64(checkpoint, x, t), truth) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_every_kind_of_weight_is_read(name: str, tmp_path: Path) -> None:
     torch.save(sd, tmp_path / "model.pth")
     truth = forward(net, sd, x.double(), t.double())
     assert relative(before, truth) > 1e-2
-    assert relative(load(tmp_path / "model.pth").model(x, t), truth) <= TOLERANCE
+    assert relative(in64(load(tmp_path / "model.pth"), x, t), truth) <= TOLERANCE
 
 
 @pytest.mark.parametrize("which", ["reference", "cpu", "winograd", "triton"])
@@ -181,16 +187,23 @@ def test_forty_steps_with_the_same_noise(net: Net, predictor: str, continuous: b
     n = 40
     path, sd = stored(tmp_path, net, sigmas=n)
     checkpoint = load(path, overrides={**flags(net), "predictor": predictor, "continuous": continuous})
-    vp, g = VP(n), torch.Generator().manual_seed(5)
-    x = torch.randn(2, 3, 8, 8, generator=g)
-    truth, mean = x.double(), x.double()
-    for i in range(n):
-        labels = torch.full((2,), float(vp.labels(i, continuous)), dtype=torch.float64)
-        out = forward(net, sd, truth, labels)
-        z = torch.randn(2, 3, 8, 8, generator=g)
-        truth, mean = vp.step(predictor, i, truth, out, z.double(), continuous)
+
+    def chain(shaken: bool) -> Tensor:
+        vp, g, signs = VP(n), torch.Generator().manual_seed(5), torch.Generator().manual_seed(0)
+        x = mean = torch.randn(2, 3, 8, 8, generator=g).double()
+        for i in range(n):
+            labels = torch.full((2,), float(vp.labels(i, continuous)), dtype=torch.float64)
+            out = forward(net, sd, x, labels)
+            out = shake(out, signs) if shaken else out
+            z = torch.randn(2, 3, 8, 8, generator=g)
+            x, mean = vp.step(predictor, i, x, out, z.double(), continuous)
+        return mean
+
+    truth = chain(False)
+    bound = SHAKES * relative(chain(True), truth)
+    assert bound < 1e-3, "the chain forgets rounding, so that its bound means something"
     got = Sampler(checkpoint.model, checkpoint.schedule, noise="torch", ops="reference").sample(2, seed=5)
-    assert relative(got, mean) <= 1e-4  # a chain of 40 compounds; a step alone is held to 1e-11 above
+    assert relative(got, truth) <= bound
 
 
 def test_a_fused_step_is_the_reference_s(tmp_path: Path) -> None:
@@ -199,13 +212,17 @@ def test_a_fused_step_is_the_reference_s(tmp_path: Path) -> None:
     checkpoint, _ = opened(tmp_path, net, image_size=4, continuous=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def drawn(which: str) -> Tensor:
-        sampler = Sampler(checkpoint.model, checkpoint.schedule, steps=9, ops=which, device=device)
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        return in64(checkpoint, x.cpu(), t.cpu()).to(x)
+
+    def drawn(which: str, model: Any = checkpoint.model) -> Tensor:
+        options = {"ops": which, "device": device, "image_shape": (3, 4, 4)}
+        sampler = Sampler(model, checkpoint.schedule, steps=9, **options)
         table = sampler.table
         sampler.table = replace(table, rows=table.rows[4:5], timesteps=table.timesteps[4:5], draws=(True,))
         return sampler.sample(1, seed=3).cpu()
 
-    assert relative(drawn("triton"), drawn("reference").double()) <= TOLERANCE
+    check(drawn("triton"), drawn("reference"), drawn("reference", exact).double())
 
 
 def test_fewer_steps(tmp_path: Path) -> None:
@@ -292,7 +309,7 @@ def test_a_training_checkpoint_gives_the_averages(net: Net, sigmas: int, tmp_pat
     x, t = inputs(net)
     for choice, sd in ((None, averaged), ("ema", averaged), ("model", raw)):
         checkpoint = load(path, overrides=flags(net), weights=choice)
-        assert relative(checkpoint.model(x, t), forward(net, sd, x.double(), t.double())) <= TOLERANCE
+        assert relative(in64(checkpoint, x, t), forward(net, sd, x.double(), t.double())) <= TOLERANCE
         assert checkpoint.schedule.num_train_timesteps == sigmas
     assert any("the averaged one, ema, is used" in note for note in load(path, overrides=flags(net)).notes)
 
@@ -481,13 +498,14 @@ def test_ddpm_converts_to_diffusers(continuous: bool, tmp_path: Path) -> None:
     checkpoint, sd = opened(tmp_path, net, continuous=continuous)
     notes = convert(checkpoint, tmp_path / "out")
     assert any("added with zero weights" in note for note in notes)
-    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval()
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval().double()
     x, _ = inputs(net)
     for t in (0, 640, 999):
         label = torch.full((2,), 999 * (t + 1) / 1000 if continuous else float(t), dtype=torch.float64)
         truth = forward(net, sd, x.double(), label)
-        assert relative(theirs(x, t).sample, truth) <= TOLERANCE
-        assert relative(load(tmp_path / "out").model(x, t), truth) <= TOLERANCE
+        # the sinusoids of the scaled times are weights there, in float32
+        assert relative(theirs(x.double(), t).sample, truth) <= FLOOR
+        assert relative(in64(load(tmp_path / "out"), x, torch.tensor(t)), truth) <= FLOOR
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
     assert scheduler.config.variance_type == "fixed_large" and scheduler.config.clip_sample is False
     torch.testing.assert_close(

@@ -10,30 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EMAModel
-from models import TINY, diffusers_unet
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EMAModel
+from dropin_setup import SHORT, SMALL, agrees, drawn, pipeline
+from models import diffusers_unet
 from torch import nn
 
 import ddpm_fast as df
 from ddpm_fast.dropin import Accelerated
 
-SMALL: dict[str, Any] = {**TINY, "block_out_channels": (4, 8), "norm_num_groups": 2}
-SHORT: dict[str, Any] = {"num_train_timesteps": 20, "beta_start": 4e-3, "beta_end": 0.3}
-
-
-def pipeline(kind: Any = DDPMPipeline, scheduler: Any = DDPMScheduler, **config: Any) -> Any:
-    p = kind(diffusers_unet({**SMALL, **config}), scheduler(**SHORT))
-    p.set_progress_bar_config(disable=True)
-    return p
-
-
-def drawn(p: Any, **kwargs: Any) -> np.ndarray:
-    call = {"num_inference_steps": 8, "output_type": "np", "generator": torch.Generator().manual_seed(1), **kwargs}
-    return p(2, **call).images
-
 
 def same(fast: Accelerated, p: Any, **kwargs: Any) -> bool:
-    return bool(np.abs(drawn(fast, **kwargs) - drawn(p, **kwargs)).max() <= 5e-5)
+    return agrees(drawn(fast, **kwargs), p, **kwargs)
 
 
 # --- what becomes of the pipeline ---

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from dropin_setup import difference, drawn, pipeline
+from dropin_setup import agrees, difference, drawn, pipeline
 from torch import Tensor, nn
 
 import ddpm_fast as df
@@ -115,7 +115,7 @@ def test_a_network_that_computes_something_else_is_refused(name: str, when: str)
     plain = drawn(p)
     fast = df.accelerate(p) if when == "after" else None
     if fast is not None:
-        assert difference(drawn(fast), plain) <= 5e-5
+        assert agrees(drawn(fast), p, plain)
     change(p)
     assert difference(drawn(p), plain) > 1e-3
     with pytest.raises(ValueError, match=message) as error:
@@ -132,7 +132,7 @@ def test_dropout_that_is_in_force_is_refused():
     with pytest.raises(ValueError, match=r"in training mode with dropout 0.2.*call pipeline.unet.eval\(\) first"):
         drawn(fast)
     p.unet.eval()
-    assert difference(drawn(fast), plain) <= 5e-5
+    assert agrees(drawn(fast), p, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -186,7 +186,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
 def test_a_network_that_computes_the_same_is_taken(name: str):
     p = pipeline()
     SAME[name](p)
-    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+    assert agrees(drawn(df.accelerate(p)), p)
 
 
 def test_compiled_networks_are_not_compiled_for_the_trial():
@@ -195,13 +195,13 @@ def test_compiled_networks_are_not_compiled_for_the_trial():
         expected = drawn(p)
         change(p)
         with torch.compiler.set_stance("fail_on_recompile"):  # so that a compilation would be an error
-            assert difference(drawn(df.accelerate(p)), expected) <= 5e-5
+            assert agrees(drawn(df.accelerate(p)), pipeline(), expected)
 
 
 def test_a_network_of_one_size_is_tried_at_that_size():
     p = pipeline(sample_size=24)
     swapped("conv_in", OneSize, 1, 1, 1)(p)
-    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+    assert agrees(drawn(df.accelerate(p)), p)
     swapped("conv_in", Broken, 1, 1, 1)(p)
     with pytest.raises(ValueError, match=r"the pipeline's own network does not run: RuntimeError: boom$"):
         df.accelerate(p)
@@ -273,7 +273,7 @@ def test_hooks_that_place_weights_are_let_through_and_others_are_not():
     p = pipeline()
     hooked(p.unet, CpuOffload())
     fast = df.accelerate(p)
-    assert fast.device == torch.device("cpu") and difference(drawn(fast), drawn(p)) <= 5e-5
+    assert fast.device == torch.device("cpu") and agrees(drawn(fast), p)
 
     class Watching(CpuOffload):
         pass
@@ -303,7 +303,7 @@ def test_weights_kept_in_another_dtype_than_they_compute_in():
     p = pipeline()
     p.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     fast = df.accelerate(p)
-    assert fast.dtype == torch.float32 and difference(drawn(fast), drawn(p)) <= 5e-5
+    assert fast.dtype == torch.float32 and agrees(drawn(fast), p)
 
 
 def test_a_subclass_of_the_network():
@@ -316,7 +316,7 @@ def test_a_subclass_of_the_network():
 
     p = pipeline()
     p.unet.__class__ = Same
-    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+    assert agrees(drawn(df.accelerate(p)), p)
     p.unet.__class__ = Other
     with pytest.raises(ValueError, match="around a UNet2DModel; this one has a Other, whose forward is its own"):
         df.accelerate(p)

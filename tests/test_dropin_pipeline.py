@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
-from dropin_setup import SHORT, SMALL, difference, drawn, pipeline
+from dropin_setup import SHORT, SMALL, agrees, difference, drawn, pipeline
 from models import diffusers_unet
 from torch import nn
 
@@ -55,7 +55,7 @@ def test_a_pipeline_that_draws_by_code_of_its_own_is_refused(kind: Any, method: 
     with pytest.raises(ValueError, match=rf"this {kind.__name__} .* by a {method} of its own") as error:
         df.accelerate(p)
     assert "DDPMPipeline(pipeline.unet, pipeline.scheduler)" in str(error.value)
-    assert difference(drawn(df.accelerate(DDPMPipeline(p.unet, p.scheduler))), drawn(plain)) <= 5e-5
+    assert agrees(drawn(df.accelerate(DDPMPipeline(p.unet, p.scheduler))), plain)
 
 
 def test_methods_that_were_replaced_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -72,7 +72,7 @@ def test_methods_that_were_replaced_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_subclass_that_draws_as_its_base_is_taken():
     p = pipeline(Plain)
-    assert difference(drawn(df.accelerate(p)), drawn(p)) <= 5e-5
+    assert agrees(drawn(df.accelerate(p)), p)
 
 
 def test_pictures_are_made_by_the_pipeline_s_own_method():
@@ -160,7 +160,7 @@ def test_a_copy_draws_the_same_and_is_its_own():
     assert other.pipeline is not fast.pipeline and difference(drawn(other), expected) == 0
     with torch.no_grad():
         other.unet.conv_out.bias += 0.5
-    assert difference(drawn(other), drawn(other.pipeline)) <= 5e-5
+    assert agrees(drawn(other), other.pipeline)
     assert difference(drawn(other), expected) > 1e-2 and difference(drawn(fast), expected) == 0
 
 

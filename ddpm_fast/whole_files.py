@@ -102,18 +102,21 @@ def check_file(path: str | Path, option: str = "") -> None:
 def check_folder(path: str | Path, option: str = "", make: bool = True) -> None:
     """Make sure, before the work begins, that files can be written in the folder ``path``.
 
-    Args and Raises are those of `check_file`. make: whether the folder itself is made; what is above it is.
+    Args and Raises are those of `check_file`. make: keep the folder that was made for the trial; otherwise it is
+    removed again, so that a command that is refused leaves nothing.
     """
     path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     with _refused(f"{option} {path}".strip()):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path} cannot be a folder: a file is in its way")
-        if not make and not path.exists():
-            make_folder(path.parent)
-            _try(path.parent, path.name)
-            return
-        make_folder(path)
-        _try(path, "")
+        try:
+            make_folder(path)
+            _try(path, "")
+        finally:
+            for folder in () if make else missing:
+                with suppress(OSError):  # not made, or another process writes there by now
+                    folder.rmdir()
 
 
 def check_names(folder: Path, files: Collection[str], folders: Collection[str]) -> None:

@@ -108,7 +108,8 @@ def test_a_wrong_field_says_which_what_came_and_what_is_allowed(name: str, value
     with pytest.raises(ValueError) as error:
         UNetConfig(**{**TINY, name: value})
     got = tuple(value) if isinstance(value, list) else value
-    assert str(error.value) == f"UNetConfig.{name} must be {allowed}; got {got!r}"
+    hint = f" (on the command line: --set {name}=[{value}])" if isinstance(value, str) and allowed == "a list" else ""
+    assert str(error.value) == f"UNetConfig.{name} must be {allowed}; got {got!r}{hint}"
 
 
 @pytest.mark.parametrize(

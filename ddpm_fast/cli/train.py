@@ -133,7 +133,7 @@ def run(asked: Asked, device_name: str | None) -> None:
     try:
         with distributed.join(where) as world:
             record = world.on_first(lambda: read_record(asked.out))
-            world.on_first(lambda: check_out(asked.out, "--out"))  # before the data is read
+            world.on_first(lambda: check_out(asked.out, "--out", make=False))  # before the data is read
             prepared = world.together(lambda: prepare(asked, record))
             with says_what_is_kept(lambda: _kept(asked.out, device_name, world.size), world.first):
                 result = training.train(

@@ -59,9 +59,9 @@ FILES = (RECORD, "log.jsonl", "model_index.json", "evaluations.jsonl", "evaluati
 FOLDERS = ("state", "samples", "unet", "scheduler")
 
 
-def check_out(out: Path, option: str = "") -> None:
-    """Make the folder of a run. OSError, in one line, where it or what goes into it cannot be written."""
-    check_folder(out, option)
+def check_out(out: Path, option: str = "", make: bool = True) -> None:
+    """Make the folder of a run, or only try to. OSError, in one line, where it or its files cannot be written."""
+    check_folder(out, option, make)
     check_names(out, FILES, FOLDERS)
 
 

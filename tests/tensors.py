@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ddpm_fast.house_rule import FLOOR, allowed, check, error
 from ddpm_fast.kernels import reference
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedule import Schedule
 
 
 def excess(got: Tensor, forward: Callable[..., Tensor], *inputs: Any) -> float:
@@ -79,6 +81,14 @@ def same_chain(ours: Any, theirs: Any, network: nn.Module, draw: Callable[[], An
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     off = float(np.abs(a - b).max()) if a.shape == b.shape else np.inf
     return off <= tables or off <= tables + rounding(network, draw, theirs)
+
+
+def states(model: Any, schedule: Schedule, **options: Any) -> Tensor:
+    """x_T and x after every 50 steps of one image of seed 3, [K, 1, C, H, W]."""
+    seen: list[Tensor] = []
+    sampler = Sampler(model, schedule, batch_size=1, **options)
+    sampler.sample(1, seed=3, interval=50, callback=lambda step, x: seen.append(x.clone()))
+    return torch.stack(seen)
 
 
 def first_nan(x: Tensor) -> tuple[int, ...]:

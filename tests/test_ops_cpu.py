@@ -377,10 +377,10 @@ def test_a_processor_without_wide_vectors():
     code = """
 import torch, ddpm_fast as df
 from ddpm_fast.kernels import onednn
-checkpoint = df.load()
+c = df.load()
 print(onednn.computes(torch.float32), onednn.computes(torch.bfloat16))
 for dtype in (torch.float32, torch.bfloat16):
-    draw = lambda ops, dtype: df.Sampler(checkpoint.model, checkpoint.schedule, 2, [400], dtype=dtype, ops=ops).sample(2)
+    draw = lambda ops, dtype: df.Sampler(c.model, c.schedule, 2, [400], dtype=dtype, ops=ops).sample(2)
     off = (draw("cpu", dtype) - draw("reference", torch.float32)).abs()
     print(float(off.max()), float(off.square().mean().sqrt()))
 """

@@ -38,7 +38,8 @@ def _mark(value: Any) -> object:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, dict):
-        return [(key, _mark(item)) for key, item in value.items()]
+        items = [(key, _mark(item)) for key, item in value.items()]
+        return items, _mark(getattr(value, "__dict__", None))  # diffusers reads a FrozenDict's attributes, not its items
     if isinstance(value, (list, tuple)):
         return [_mark(item) for item in value]
     return _Same(value)
@@ -69,11 +70,11 @@ def of_network(outer: Any, unet: Any) -> object:
 
 
 def of_scheduler(scheduler: Any) -> object:
-    """A fingerprint of a scheduler: its attributes, and the methods of its class by which it draws.
+    """A fingerprint of a scheduler: its class, its attributes, and the methods of its class by which it draws.
 
     The values of ``alphas_cumprod`` are not in it.
     """
     attributes = {k: v for k, v in vars(scheduler).items() if k not in _PER_CALL}
     single = {k: v.item() for k, v in attributes.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
     methods = [_Same(getattr(type(scheduler), name, None)) for name in DRAWING]
-    return _Same(scheduler), _mark({**attributes, **single}), methods
+    return _Same(scheduler), _Same(type(scheduler)), _mark({**attributes, **single}), methods

@@ -22,7 +22,7 @@ from .checkpoints.files import listing
 from .engine.prepared import prepare
 from .house_rule import FLOOR, error
 from .ops import Ops, reference
-from .pipelines import is_from, named
+from .pipelines import config_of, is_from, named
 from .unet import TimeRows, UNet
 
 IMAGES = 2  # more than one: some attention processors mix the images of a batch
@@ -213,7 +213,7 @@ def _unlike(unet: Any) -> list[str]:
     kind: Any = next(c for c in type(unet).__mro__ if c.__name__ == "UNet2DModel")
     try:
         with torch.device("meta"):
-            plain = dict(kind.from_config(dict(unet.config)).named_modules())
+            plain = dict(kind.from_config(config_of(unet)).named_modules())
     except Exception:  # only for the message
         return []
     found = []

@@ -38,6 +38,17 @@ def named(thing: Any) -> str:
     return str(getattr(thing, "__qualname__", type(thing).__qualname__))
 
 
+def config_of(thing: Any) -> dict[str, Any]:
+    """The configuration of a diffusers object, as diffusers' own code reads it: by attributes.
+
+    A FrozenDict holds each value as an item and as an attribute. ``scheduler.config.clip_sample = False`` changes the
+    attribute alone.
+    """
+    config = getattr(thing, "config", None) or {}
+    edits = getattr(config, "__dict__", {})
+    return {key: edits.get(key, value) for key, value in dict(config).items()}
+
+
 def check_pipeline(pipeline: Any) -> None:
     """Raise ValueError unless the pipeline draws as DDPMPipeline or DDIMPipeline does: by their loop, from a U-Net and
     a scheduler alone."""
@@ -65,7 +76,7 @@ def _parts(pipeline: Any) -> Iterator[tuple[str, Any]]:
     """The components that a diffusers pipeline has registered: (library, class) in its configuration."""
     if not hasattr(pipeline, "unet"):
         return
-    for name, value in dict(getattr(pipeline, "config", None) or {}).items():
+    for name, value in config_of(pipeline).items():
         if not name.startswith("_") and isinstance(value, (list, tuple)) and len(value) == 2:
             yield name, getattr(pipeline, name, None)
 
@@ -125,7 +136,7 @@ def _steps(scheduler: Any) -> str | None:
 def _is_solver(scheduler: Any) -> bool:
     """Whether it solves a DDPM's process, so that a DDIMScheduler of its configuration is right."""
     kinds = {c.__name__ for c in type(scheduler).__mro__}
-    config = dict(getattr(scheduler, "config", None) or {})
+    config = config_of(scheduler)
     predicts = config.get("prediction_type", "epsilon") in PREDICTION_TYPES
     return bool(kinds & set(SOLVERS)) and predicts and not config.get("use_flow_sigmas")
 
@@ -146,7 +157,7 @@ def schedule_of(pipeline: Any, ddim: bool) -> Schedule:
             "accelerate runs the steps of a DDPMScheduler or DDIMScheduler; this pipeline has a "
             f"{type(scheduler).__name__}; {advice}"
         )
-    fields = {**dict(scheduler.config), "_class_name": steps}
+    fields = {**config_of(scheduler), "_class_name": steps}
     schedule = Schedule.from_dict(schedule_fields(fields, [], "DDIMPipeline" if ddim else "DDPMPipeline"))
     given = getattr(scheduler, "alphas_cumprod", None)
     alphas = torch.as_tensor([] if given is None else given).detach().to("cpu", torch.float64)
@@ -172,7 +183,7 @@ def _betas(alphas: Tensor, total: int) -> Tensor | None:  # [total] float64
 
 def model_of(unet: Any) -> UNet:
     """A `UNet` over the network's own weights. ValueError for what is not as its configuration says."""
-    config = UNetConfig.from_dict(dict(unet.config))
+    config = UNetConfig.from_dict(config_of(unet))
     if config.num_class_embeds is not None or config.class_embed_type is not None:
         raise ValueError(
             "a pipeline passes no class labels, and this network needs them; save it, then "

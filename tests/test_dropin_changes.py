@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EMAModel
-from dropin_setup import SHORT, SMALL, agrees, drawn, pipeline
+from dropin_setup import SHORT, SMALL, agrees, difference, drawn, pipeline
 from models import diffusers_unet
 from torch import nn
 
@@ -65,6 +65,59 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "ddim": put("scheduler", lambda p: DDIMScheduler.from_config(p.scheduler.config)),
     "wrapped": put("unet", lambda p: nn.DataParallel(p.unet).eval()),
 }
+
+
+def put_config(part: str, **values: Any) -> Callable[[Any], None]:
+    """Edit a configuration by its attributes, which diffusers' code reads; the items stay as they were."""
+
+    def change(p: Any) -> None:
+        config = getattr(p, part).config
+        for name, value in values.items():
+            setattr(config, name, value)
+            assert config[name] != value
+
+    return change
+
+
+CONFIGS: dict[str, Callable[[Any], None]] = {
+    "clip_sample": put_config("scheduler", clip_sample=False),
+    "prediction_type": put_config("scheduler", prediction_type="sample"),
+    "timestep_spacing": put_config("scheduler", timestep_spacing="trailing"),
+    "center_input_sample": put_config("unet", center_input_sample=True),
+    "sample_size": put_config("unet", sample_size=12),
+    "two sizes": put_config("unet", sample_size=(12, 8)),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_edited_by_its_attributes_is_followed(name: str, when: str):
+    p = pipeline()
+    plain = drawn(p)
+    fast = df.accelerate(p) if when == "after" else None
+    assert fast is None or agrees(drawn(fast), p, plain)
+    CONFIGS[name](p)
+    expected = drawn(p)
+    assert expected.shape != plain.shape or difference(expected, plain) > 1e-3
+    fast = fast or df.accelerate(p)
+    assert agrees(drawn(fast), p, expected)
+    if name == "two sizes":
+        assert "for images of 3x12x8" in repr(fast)
+
+
+class Tenth(DDPMScheduler):
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return (lambda *a, **k: DDPMScheduler.step(self, *a, **k).__class__(a[2] * 0.1)) if name == "step" else value
+
+
+def test_a_scheduler_of_another_class_than_before_is_compared_again():
+    p = pipeline()
+    fast = df.accelerate(p)
+    assert same(fast, p)
+    p.scheduler.__class__ = Tenth
+    with pytest.raises(ValueError, match="the Tenth takes other steps than its configuration says"):
+        drawn(fast)
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "wrapped"])

@@ -39,7 +39,7 @@ def _mark(value: Any) -> object:
         return value
     if isinstance(value, dict):
         items = [(key, _mark(item)) for key, item in value.items()]
-        return items, _mark(getattr(value, "__dict__", None))  # diffusers reads a FrozenDict's attributes, not its items
+        return items, _mark(getattr(value, "__dict__", None))  # diffusers reads a FrozenDict's attributes
     if isinstance(value, (list, tuple)):
         return [_mark(item) for item in value]
     return _Same(value)

@@ -135,7 +135,8 @@ def _theirs(unet: Any, x: Tensor, t: int) -> Tensor:
 
 
 def _ours(prepared: UNet, x: Tensor, t: int) -> Tensor:
-    times = torch.full((len(x),), t, device=x.device, dtype=x.dtype if x.dtype == torch.float64 else torch.int64)
+    fractions = x.dtype == torch.float64 and prepared.config.time_embedding_type != "learned"  # rows have whole numbers
+    times = torch.full((len(x),), t, device=x.device, dtype=torch.float64 if fractions else torch.int64)
     return prepared.run(x, TimeRows(prepared.embed(times), t=times))
 
 

@@ -191,12 +191,22 @@ def model_of(unet: Any) -> UNet:
         )
     with torch.device("meta"):
         model = UNet(config)
-    state = unet.state_dict()
-    odd = sorted(state.keys() ^ model.state_dict().keys())
+    state, wanted = unet.state_dict(), model.state_dict()
+    odd = sorted(state.keys() ^ wanted.keys())
     if odd:
         raise ValueError(
             f"the network's weights must be those of its configuration; not so: {listing(odd)}; merge or remove "
             "adapters, fused projections and parametrizations first"
+        )
+    reshaped = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if state[name].shape != tensor.shape
+    ]
+    if reshaped:
+        raise ValueError(
+            f"the network's weights must have the shapes that its configuration gives; not so: {listing(reshaped)}; "
+            "put back a layer of that shape, or draw by the pipeline itself"
         )
     model.load_state_dict(state, assign=True)
     return model.eval()

@@ -123,6 +123,51 @@ def test_a_network_that_computes_something_else_is_refused(name: str, when: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_learned_time_embedding():
+    """Its rows are looked up, so timesteps are whole numbers in float64 too."""
+    p = pipeline(time_embedding_type="learned", num_train_timesteps=20)
+    fast = df.accelerate(p)
+    before = drawn(fast)
+    assert agrees(before, p)
+    p.unet.time_proj.weight.data += 1
+    after = drawn(fast)
+    assert agrees(after, p) and difference(after, before) > 1e-3
+    p.unet.to(torch.bfloat16)
+    assert drawn(fast, generator=None).shape == before.shape
+
+
+RESHAPED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a wider kernel": (
+        lambda p: setattr(p.unet, "conv_in", nn.Conv2d(3, 4, 5, padding=2)),
+        r"conv_in.weight is (4, 3, 5, 5), not (4, 3, 3, 3); ",
+    ),
+    "a narrower kernel": (
+        lambda p: setattr(p.unet, "conv_out", nn.Conv2d(4, 3, 1)),
+        r"conv_out.weight is (3, 4, 1, 1), not (3, 4, 3, 3); ",
+    ),
+    "groups": (
+        lambda p: setattr(p.unet.mid_block.resnets[0], "conv1", nn.Conv2d(8, 8, 3, padding=1, groups=2)),
+        "mid_block.resnets.0.conv1.weight is (8, 4, 3, 3), not (8, 8, 3, 3); ",
+    ),
+    "registered": (
+        lambda p: p.unet.register_to_config(in_channels=4),
+        r"conv_in.weight is (4, 3, 3, 3), not (4, 4, 3, 3); ",
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", RESHAPED)
+def test_layers_of_other_shapes_are_refused_by_name(name: str, when: str):
+    change, message = RESHAPED[name]
+    p = pipeline()
+    fast = df.accelerate(p) if when == "after" else None
+    change(p)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        df.accelerate(p) if fast is None else drawn(fast)
+    assert "\n" not in str(error.value)
+
+
 def test_dropout_that_is_in_force_is_refused():
     p = pipeline(dropout=0.2)
     fast = df.accelerate(p)

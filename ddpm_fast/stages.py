@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 DELAY_S = 1.5  # of silence, after which the stage at work is named
 
@@ -43,14 +44,24 @@ def stage(text: str) -> Iterator[None]:
     if not _shown:
         yield
         return
+    ended = False
+    lock = Lock()
+
+    def speak(line: str) -> None:
+        with lock:  # cancel() does not stop a timer that is due already: its line would follow the error's
+            if not ended:
+                _say(line)
+
     silent_s = time.monotonic() - _last_line_s
-    timer = threading.Timer(max(0.0, DELAY_S - silent_s), _say, [text])
+    timer = threading.Timer(max(0.0, DELAY_S - silent_s), speak, [text])
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        with lock:
+            ended = True
 
 
 @contextmanager
@@ -67,6 +78,12 @@ def stage_now(text: str) -> Iterator[None]:
         yield
     finally:
         print("\r" + " " * len(line) + "\r", end="", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """Print one note of a command on stderr, where stages are shown."""
+    if _shown:
+        print(f"ddpm-fast: note: {text}", file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import TINY, unet
 
 import ddpm_fast as df
@@ -241,3 +242,103 @@ def test_every_command_names_its_stages_on_stderr(
     assert -1 not in places and places == sorted(places), (lines, places)
     if "--json" in words:
         json.loads(out)
+
+
+AVERAGES = (
+    "ddpm-fast: note: of the 2 networks in the file (model, ema) the averaged one, ema, is used; weights=NAME "
+    "(--weights NAME) takes another"
+)
+
+
+@pytest.fixture
+def two_networks(tmp_path: Path) -> str:
+    network = unet(TINY)
+    df.save(tmp_path / "model", network, df.Schedule(num_train_timesteps=4))
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    path = tmp_path / "model" / "unet" / "weights.pt"
+    torch.save({"model": network.state_dict(), "ema": {n: t + 0.01 for n, t in network.state_dict().items()}}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "-n", "1"),
+        ("verify", "--steps", "1", "--probes", "1", "--json"),
+        ("plan", "--json"),
+        ("profile", "--json", "--steps", "2"),
+        ("evaluate", "--draw", "2", "--against", "none.npz"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_checkpoints_notes_are_on_stderr_and_only_there(
+    words: tuple[str, ...], two_networks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """Every command that draws from a checkpoint or judges it says which network it is that it took."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DDPM_FAST_STAGES")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "roofs"))
+    monkeypatch.setattr(
+        "ddpm_fast.roofline._SHAPES", {"copy": ([1], []), "gemm": ([(8, 8, 8)], []), "conv": ([(1, 8, 4)], [])}
+    )
+    monkeypatch.setattr("ddpm_fast.roofline.BUDGET_S", 0.0)
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", words[0], two_networks, *words[1:]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if ": note: " in line] == [AVERAGES], err
+    assert "note: " not in out
+    if "--json" in words:
+        json.loads(out)
+
+
+@pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
+def test_only_the_first_of_several_processes_prints_notes(
+    rank: str, said: int, two_networks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.delenv("DDPM_FAST_STAGES")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "plan", two_networks])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.count("note: ") == said
+
+
+@pytest.mark.parametrize("source", ["bundled", "model"])
+def test_the_bundled_model_and_a_diffusers_folder_have_no_notes(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DDPM_FAST_STAGES")
+    df.save(tmp_path / "model", unet(TINY), df.Schedule(num_train_timesteps=4))
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "plan", *([source] if source == "model" else [])])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code and "note: " not in capsys.readouterr().err
+
+
+def test_a_stage_that_has_ended_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """A timer that is due cannot be cancelled; its line would come after the error."""
+    late: list[Any] = []
+
+    class Late:
+        def __init__(self, seconds: float, function: Any, args: Any = ()):
+            late.append(lambda: function(*args))
+
+        def start(self) -> None:
+            pass
+
+        cancel = start
+
+    monkeypatch.setattr(stages, "threading", SimpleNamespace(Timer=Late))
+    monkeypatch.delenv("DDPM_FAST_STAGES")
+    stages.show()
+    try:
+        with stages.stage("loading x"):
+            pass
+        late[0]()
+        with stages.stage("loading y"):
+            late[1]()
+    finally:
+        stages.hide()
+    assert capsys.readouterr().err == "ddpm-fast: loading y\n"

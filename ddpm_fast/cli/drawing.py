@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .options import class_number
+from .sources import loaded
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +56,8 @@ class Drawing:
         return None if self.label is None else [label_of(self.label, i, classes) for i in self.ids]
 
     def checkpoint(self) -> Checkpoint:
-        from ..checkpoints import load
-
-        return load(self.source, self.preset, self.settings, weights=self.weights)
+        checkpoint: Checkpoint = loaded(self.source, self.preset, self.settings, self.weights)
+        return checkpoint
 
     def sampler(self, checkpoint: Checkpoint, device: torch.device) -> Sampler:
         from ..sampler import Sampler

@@ -24,7 +24,7 @@ from .options import (
     chosen_dtype,
     class_number,
 )
-from .sources import described
+from .sources import described, loaded
 
 
 def verify(
@@ -44,13 +44,12 @@ def verify(
     settings: Settings = None,
 ) -> None:
     """Compare the operations and dtype with float64. Exit code 1 if an error is too large."""
-    from ..checkpoints import load
     from ..verification import report_text, verify
 
     where = chosen_device(device)
     if label == "all":
         raise ValueError("--label must be one class here, by number or name; got 'all'")
-    checkpoint = load(source, weights_preset, assignments(settings), weights=weights)
+    checkpoint = loaded(source, weights_preset, assignments(settings), weights)
     report = verify(
         checkpoint,
         dtype=chosen_dtype(dtype),

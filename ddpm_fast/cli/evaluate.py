@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Device, Json, chosen_device
+from .sources import loaded
 
 Pair = Annotated[
     tuple[Path, Path] | None,
@@ -132,12 +133,11 @@ def _drawn(source: str, weights: str | None, n: int, batch_size: int, seed: int,
     """Samples of a checkpoint as a stream, drawn as they are asked for; of every class in turn where it has some."""
     import torch
 
-    from ..checkpoints import load
     from ..evaluation.image_stream import ImageStream
     from ..sampler import Sampler, to_uint8
     from ..store.manifest import classes_of
 
-    checkpoint = load(source, weights=weights)
+    checkpoint = loaded(source, None, None, weights)
     sampler = Sampler(checkpoint.model, checkpoint.schedule, batch_size=batch_size, device=chosen_device(device))
 
     classes = classes_of(sampler)

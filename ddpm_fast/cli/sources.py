@@ -1,24 +1,37 @@
-"""The network of a command for which weights do not matter: a checkpoint, or a description of one."""
+"""The networks of commands: a checkpoint, whose notes are printed, or a description where weights do not matter."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..stages import stage
+from ..stages import note, stage
+
+
+def loaded(source: str | None, preset: str | None, overrides: dict[str, Any] | None, weights: str | None = None) -> Any:
+    """The checkpoint of a command that draws from it or judges it. Its notes go to stderr.
+
+    The bundled model's own note, of the dtype it is stored in, is left out.
+    """
+    from ..checkpoints import load
+
+    checkpoint = load(source, preset, overrides, weights=weights)
+    for text in checkpoint.notes if source is not None else ():
+        note(text)
+    return checkpoint
 
 
 def measured(source: str | None, preset: str | None, overrides: dict[str, Any], weights: str | None = None) -> Any:
     """A checkpoint, or a network with random weights from seed 0, on which a speed does not depend."""
     import torch
 
-    from ..checkpoints import Checkpoint, load
+    from ..checkpoints import Checkpoint
     from ..presets import PRESETS
     from ..unet import UNet
 
     named = source in PRESETS and not Path(str(source)).exists()
     if not named and not (source or "").endswith(".json"):
-        return load(source, preset, overrides, weights=weights)
+        return loaded(source, preset, overrides, weights)
     preset_model = str(source) if named else None
     title, config, schedule = described(None if named else source, preset_model, preset, overrides, weights)
     torch.manual_seed(0)
@@ -35,13 +48,12 @@ def described(
     weights: str | None = None,
 ) -> tuple[str, Any, Any]:
     """(title, UNetConfig, Schedule) of a named network, a config.json, or a checkpoint."""
-    from ..checkpoints import load
     from ..config import UNetConfig
     from ..presets import preset as named
     from ..schedule import Schedule
 
     if preset_model is None and not (source or "").endswith(".json"):
-        checkpoint = load(source, preset, overrides, weights=weights)
+        checkpoint = loaded(source, preset, overrides, weights)
         return checkpoint.source, checkpoint.model.config, checkpoint.schedule
     if source is not None and preset_model is not None:
         raise ValueError(f"give a SOURCE or --preset-model, not both; got {source!r} and {preset_model!r}")

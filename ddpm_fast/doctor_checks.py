@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -74,7 +75,7 @@ def auto_facts(devices: list[str], compiler_problem: str | None) -> dict[str, di
                 continue
             obstacle = compiler_problem or why_not_winograd(torch.float32)
             if obstacle is None:
-                pays = f"in batches of {LONG_RUN / 1e12:g} TFLOP a thread and more, where compiling pays; cpu in others"
+                pays = f"for batches of {LONG_RUN / 1e12:g} TFLOP per thread and more, else cpu"
                 found[name] = {"ops": "winograd", "reason": pays}
             else:
                 found[name] = {"ops": "cpu", "reason": obstacle}
@@ -87,9 +88,9 @@ def findings(compiler: dict[str, str | None], folders: dict[str, Any], auto: dic
     named, command, problem = compiler["named"], compiler["command"], compiler["problem"]
     if problem is not None:
         said.append(f"no C++ for winograd and for a faster normalisation of cpu: {problem}")
-    elif named is not None and command is not None and not _is(named, command):
+    elif named is not None and _is_missing(named):
         said.append(f"$CXX is {named}, which is not found; {command} compiles in its place")
-    else:
+    elif auto.get("cpu", {}).get("ops") != "cpu":  # else the reason is said below
         said.append(f"{command} compiles the transforms of ops=winograd, and the normalisation of ops=cpu")
     for what, variable in (("cache", "XDG_CACHE_HOME"), ("temporary", "TMPDIR")):
         facts = folders[what]
@@ -99,11 +100,11 @@ def findings(compiler: dict[str, str | None], folders: dict[str, Any], auto: dic
                 f"the {what} folder {facts['folder']} cannot be written to ({facts['problem']}{free}): make room, or "
                 f"name another by {variable}"
             )
-    said += [f"ops=auto takes {facts['ops']} on {device}: {facts['reason']}" for device, facts in auto.items()]
+    said += [f"on {device}, ops=auto takes {facts['ops']} ({facts['reason']})" for device, facts in auto.items()]
     return said
 
 
-def _is(named: str, command: str) -> bool:
-    """Whether the command that was found is the one that was named, which may stand on PATH."""
-    words, found = named.split(), command.split()
-    return bool(words) and Path(words[0]).name == Path(found[0]).name and words[1:] == found[1:]
+def _is_missing(named: str) -> bool:
+    """Whether $CXX names a command that is not there, neither as a path nor on PATH."""
+    words = shlex.split(named)
+    return not words or shutil.which(words[0]) is None

@@ -244,7 +244,10 @@ def test_help(run: Run):
         (("sample", "CKPT", "--label", 1), "this model has no classes, so it takes no labels"),
         (("sample", "CLASSES"), "this model has 3 classes (0 to 2): pass labels"),
         (("sample", "CLASSES", "--label", 3), "labels must be in 0..2; got 3\n"),
-        (("sample", "CKPT", "--first-id", 2**63 - 1, "-n", 2), "must fit in 64 bits; got first_id=9223372036854775807"),
+        (
+            ("sample", "CKPT", "--first-id", 2**63 - 1, "-n", 2),
+            "[-2**63, 2**63); got first_id=9223372036854775807",
+        ),
         (("sample", "CKPT", "--seed", 2**64), "--seed must be in 0 .. 2**64 - 1; got 18446744073709551616"),
         (("sample", "CKPT", "--seed", -1), "--seed must be in 0 .. 2**64 - 1; got -1"),
         (("sample", "CKPT", "--first-id", -1), "--first-id must be 0 or more, as files are named by it; got -1"),
@@ -252,6 +255,10 @@ def test_help(run: Run):
         (("evaluate", "a.npz", "--against", "b.npz", "--seed", 2**64), "seed must be in [-2**63, 2**64)"),
         (("sample", "CKPT", "--set", "sample_size=7", "--out", "set", "--store"), "multiples of 2; got 7x7"),
         (("sample", "CKPT", "--film", "a.png", "--out", "./a.png"), "--film and --out must be two files; got a.png"),
+        (
+            ("sample", "CKPT", "--film", "set/a.png", "--out", "set"),
+            "--film must lie outside the folder",
+        ),
         (("verify", "CLASSES", "--label", 3), "labels must be in 0..2; got 3\n"),
         (("verify", "CLASSES", "--label", -1), "labels must be in 0..2; got -1\n"),
         (("profile", "CKPT", "--seconds", "nan"), "--seconds must be above 0, and finite; got nan"),

@@ -175,7 +175,7 @@ def test_auto_takes_winograd_for_long_runs_and_says_why():
     assert for_cpu(1.1e12 * 4, 4, torch.float32, asked.append)[0] == "winograd" and asked == [torch.float32]
     name, reason = for_cpu(1e15, 4, torch.float32, lambda dtype: "there is no C++ compiler")
     assert name == "cpu" and "no C++ compiler" in reason
-    assert "pays from 1 TFLOP" in for_cpu(1e9, 1, torch.float32, asked.append)[1]
+    assert "pays off from 1 TFLOP" in for_cpu(1e9, 1, torch.float32, asked.append)[1]
 
 
 def test_auto_falls_to_cpu_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

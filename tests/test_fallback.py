@@ -380,7 +380,8 @@ def test_a_set_begun_with_a_compiled_normalisation_is_not_gone_on_with_without(
     monkeypatch.setenv("CXX", "false")
     cpu_set.compiled_norm.cache_clear()
     code, _, err = run(*words, "--ops", "cpu")
-    assert code == 2 and 'sampler.normalisation: was "compiled", now "torch"' in err.splitlines()[-1]
+    last = err.splitlines()[-1]
+    assert code == 2 and "was begun with cpu operations, which this machine cannot have: " in last and "false fails" in last
     manifest = json.loads((tmp_path / "set/manifest.json").read_text())
     del manifest["sampler"]["normalisation"]  # of a set that was begun before this was recorded
     (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
@@ -465,13 +466,15 @@ def test_doctor_tries_what_it_reports(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CXX", raising=False)
     facts, text = doctor(run)
     assert facts["compiler"] == {"named": None, "command": CXX, "problem": None}
-    assert facts["auto"]["cpu"]["ops"] == "winograd" and "- ops=auto takes winograd on cpu: " in text
+    assert facts["auto"]["cpu"]["ops"] == "winograd" and "- on cpu, ops=auto takes winograd (" in text
     assert all(f["problem"] is None and f["free_mib"] > 0 for f in facts["folders"].values())
     assert f"- {CXX} compiles the transforms of ops=winograd" in text
     assert not list(Path(facts["folders"]["cache"]["folder"]).glob(".probe*")), "what was tried is gone"
     monkeypatch.setenv("CXX", "no-such-compiler")
     facts, text = doctor(run)
     assert f"- $CXX is no-such-compiler, which is not found; {CXX} compiles in its place" in text
+    monkeypatch.setenv("CXX", "/nowhere/c++")  # called as the one that is found
+    assert f"- $CXX is /nowhere/c++, which is not found; {CXX} compiles in its place" in doctor(run)[1]
 
 
 @needs_compiler
@@ -487,7 +490,7 @@ def test_doctor_names_what_does_not_work(how: str, run: Run, monkeypatch: pytest
     for told in (facts["compiler"]["problem"], facts["auto"]["cpu"]["reason"]):
         assert says(reason, told), told
     assert (
-        facts["auto"]["cpu"]["ops"] == "cpu" and f"- ops=auto takes cpu on cpu: {facts['compiler']['problem']}" in text
+        facts["auto"]["cpu"]["ops"] == "cpu" and f"- on cpu, ops=auto takes cpu ({facts['compiler']['problem']}" in text
     )
     assert f"- no C++ for winograd and for a faster normalisation of cpu: {facts['compiler']['problem']}" in text
 

@@ -82,6 +82,14 @@ def test_another_set_is_refused(changes: dict[str, Any], named: str, tmp_path: P
     assert files(tmp_path) == before
 
 
+def test_another_version_s_set_is_named_as_such(tmp_path: Path):
+    start(tmp_path)
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+    with pytest.raises(StoreError, match="set.json has format 0; this version reads 1"):
+        start(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["cat.png", "cat.JPG", "000000.png"])
 def test_pictures_of_unknown_origin_are_refused(name: str, tmp_path: Path):
     (tmp_path / name).write_bytes(b"x")

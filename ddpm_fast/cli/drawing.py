@@ -70,16 +70,19 @@ class Drawing:
         if self.batch_size == "auto":
             changes["batch_size"] = begun["batch_size"]
         if self.options["ops"] in ("auto", begun["ops"]):
-            changes["options"] = {**self.options, "ops": _ops_of(begun)}
+            changes["options"] = {**self.options, "ops": _ops_of(begun, self.options["dtype"])}
         return replace(self, **changes)
 
 
-def _ops_of(begun: dict[str, Any]) -> Any:
-    """The operations of a set that was begun, as `Sampler` takes them."""
+def _ops_of(begun: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The operations of a set that was begun, as `Sampler` takes them. BuildError where they cannot be had here."""
     from .. import ops
+    from ..ops.cpu_set import build_norm
 
     if begun["ops"] == "cpu" and begun.get("normalisation") == "torch":  # there nothing could be compiled
         return ops.cpu(compiled=False)
+    if begun["ops"] == "cpu" and begun.get("normalisation") == "compiled":
+        build_norm(dtype)
     return begun["ops"]
 
 
@@ -123,10 +126,10 @@ def begin(
     asked, begun = drawing, None
     if (folder / kind.MARK).exists():
         begun = kind.open(folder).manifest
-        if begun["device"] == device.type:  # else `begin` says that it is another
+    with _or_not_at_all(folder, begun, asked):
+        if begun is not None and begun["device"] == device.type:  # else `begin` says that it is another
             _use_threads(begun)
             drawing = drawing.as_begun(begun)
-    with _or_not_at_all(folder, begun, asked):
         drawing, checkpoint, sampler = prepared(drawing, device, as_picture)
     say_which(drawing, sampler)
     manifest = store_manifest.describe(

@@ -142,6 +142,8 @@ def sample(
             raise ValueError(f"--film must end in .png or .gif; got {film}")
         if film.resolve() == out.resolve():
             raise ValueError(f"--film and --out must be two files; got {film} for both")
+        if out.suffix.lower() not in FILES and film.resolve().parent == out.resolve():
+            raise ValueError(f"--film must lie outside the folder of the images, {out}; got {film}")
         check_file(film, "--film")
     write = outputs.fill_file if out.suffix.lower() in FILES else outputs.fill_pngs
     write(drawing, out, film, chosen_device(device))

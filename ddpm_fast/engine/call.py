@@ -21,7 +21,7 @@ def check_numbers(n: int, first_id: int, seed: int) -> None:
         raise ValueError(f"n must be 0 or more; got {n}")
     check_seed(seed)
     if not -(2**63) <= first_id <= 2**63 - n:
-        raise ValueError(f"ids first_id .. first_id + n - 1 must fit in 64 bits; got first_id={first_id} and n={n}")
+        raise ValueError(f"all ids from first_id on must lie in [-2**63, 2**63); got first_id={first_id} and n={n}")
 
 
 def looked_at(interval: int | None, steps: int, each: bool) -> int:

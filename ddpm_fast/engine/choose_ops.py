@@ -61,12 +61,12 @@ def for_cpu(
     flops: float, threads: int, dtype: torch.dtype, why_not: Callable[[torch.dtype], str | None]
 ) -> tuple[str, str]:
     """(set, reason) for a run of ``flops``. ``why_not``: why `winograd` cannot run here, or None."""
-    work = f"{flops / threads / 1e12:.2g} TFLOP a thread"
+    work = f"{flops / threads / 1e12:.2g} TFLOP per thread"
     if flops < LONG_RUN * threads:
-        return "cpu", f"one batch is {work}; compiling for winograd pays from {LONG_RUN / 1e12:g} TFLOP"
+        return "cpu", f"a batch is only {work}; winograd, which compiles first, pays off from {LONG_RUN / 1e12:g} TFLOP"
     if (obstacle := why_not(dtype)) is not None:
-        return "cpu", f"one batch is {work}, long enough for winograd, but {obstacle}"
-    return "winograd", f"one batch is {work}; compiling pays from {LONG_RUN / 1e12:g} TFLOP"
+        return "cpu", f"a batch is {work}, long enough for winograd, but {obstacle}"
+    return "winograd", f"a batch is {work}; compiling pays off from {LONG_RUN / 1e12:g} TFLOP"
 
 
 def flops_of_a_batch(model: UNet, image_shape: tuple[int, int, int], batch_size: int | None) -> float:

@@ -116,13 +116,18 @@ def compiled_norm(dtype: torch.dtype) -> CompiledNorm | None:
     Warns, where there is a compiler and it fails: without it torch's operations are a few percent slower.
     """
     try:
-        with stage("compiling the norm of cpu"):
-            return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
+        return build_norm(dtype)
     except compiled.NoCompilerError:
         return None
     except compiled.BuildError as error:
         compiled.warn_once(f"normalisation runs on torch's operations, a few percent slower, since {error.reason}")
         return None
+
+
+def build_norm(dtype: torch.dtype) -> CompiledNorm:
+    """The normalisation compiled for a dtype, now or from the cache. BuildError, with its cause, where it cannot be."""
+    with stage("compiling the norm of cpu"):
+        return CompiledNorm(compiled.library("norm", norm_compiled.SOURCE, {"ELEMENT": ELEMENTS[dtype]}))
 
 
 def normalises_by(dtype: torch.dtype, compiled: bool = True) -> str:

@@ -27,7 +27,7 @@ from ..progress import progress_bar
 from ..sampler import Sampler, to_uint8
 from ..whole_files import make_folder, sync_folder, whole_file, write_once
 from .claims import alive, host
-from .manifest import check_manifest, differences, environment_differences, label_of
+from .manifest import FORMAT, check_manifest, differences, environment_differences, is_known_format, label_of
 from .samples import MANIFEST, OtherSet, StoreError, disk
 from .workers import Look, watched
 
@@ -62,6 +62,8 @@ class PictureFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise ValueError("it is no JSON object")
+            if not is_known_format(content.get("format", FORMAT)):
+                raise StoreError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
             check_manifest({**content, **_COUNTS})
             if type(content.get("digits")) is not int or not LEAST_DIGITS <= content["digits"] < 20:
                 raise ValueError(f"digits must be from {LEAST_DIGITS} to 19; got {content.get('digits')!r}")

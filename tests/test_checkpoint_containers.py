@@ -5,11 +5,13 @@ The oracle is the network that was wrapped: what loads gives its outputs.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
@@ -115,6 +117,16 @@ ONE_NETWORK: dict[str, tuple[Any, str | None]] = {
         lambda s: {"log_sigmas": torch.ones(9), **prefixed("inner_model.", s)},
         "the network in the file is inner_model; left out: log_sigmas",
     ),
+    "in a list": (lambda s: [s, OPTIMIZER], "the network in the file is 0; left out: 1"),
+    "in a tuple": (lambda s: (7, {"net": s}), "the network in the file is 1; left out: 0"),
+    "in a dict with a default": (lambda s: defaultdict(list, s), None),
+    "as NumPy arrays": (lambda s: {name: tensor.numpy() for name, tensor in s.items()}, None),
+    "as NumPy arrays by columns": (lambda s: {n: np.asfortranarray(t.numpy()) for n, t in s.items()}, None),
+    "from before averaging": (lambda s: {"model_before_ema": s}, None),
+    "without averages": (
+        lambda s: {"without_ema": s, "ema_decay": np.float64(0.99), "ema": None},
+        "is without_ema; left",
+    ),
     "averages alone": (lambda s: {"ema": s}, "the network in the file is an averaged one (ema)"),
 }
 
@@ -186,6 +198,19 @@ SEVERAL: dict[str, tuple[Any, list[str]]] = {
         lambda raw, ema: {"model": raw, "ema_params": list(ema.values()), "ema_rate": 0.999},
         ["model", "ema_params"],
     ),
+    "averages as NumPy arrays": (
+        lambda raw, ema: {"model": raw, "ema": {n: t.numpy() for n, t in ema.items()}},
+        ["model", "ema"],
+    ),
+    "averages as a list of NumPy arrays": (
+        lambda raw, ema: {"model": raw, "ema": {"shadow_params": [t.numpy() for t in ema.values()]}},
+        ["model", "ema"],
+    ),
+    "averages in a dict with a default": (
+        lambda raw, ema: {"model": raw, "ema": defaultdict(list, ema)},
+        ["model", "ema"],
+    ),
+    "a pair in a list": (lambda raw, ema: [raw, {"ema": ema}], ["0", "1"]),
     "three": (
         lambda raw, ema: {"model": raw, "teacher": {n: t.clone() for n, t in raw.items()}, "ema": ema},
         ["model", "teacher", "ema"],
@@ -276,6 +301,26 @@ def test_averages_whose_order_is_not_clear(tmp_path: Path) -> None:
     path = stored(tmp_path, {"model": doubled, "ema": {"shadow_params": list(AVERAGED.parameters())}})
     with pytest.raises(CheckpointError, match="fit no network"):
         load(path)
+
+
+@pytest.mark.parametrize("inside", ["tensors", "arrays", "a dict"])
+def test_averages_in_an_object_that_is_left_out(inside: str, tmp_path: Path) -> None:
+    """The trained weights do not pass for averages that cannot be read."""
+    state = AVERAGED.state_dict()
+    values: dict[str, Any] = {n.replace(".", "_"): t.numpy() if inside == "arrays" else t for n, t in state.items()}
+    ema = SimpleNamespace(**({"shadow": values} if inside == "a dict" else values))
+    path = stored(tmp_path, {"model": RAW.state_dict(), "ema": ema, "args": SimpleNamespace(ema_decay=0.9)})
+    with pytest.raises(CheckpointError, match=r"averages \(ema\) are no tensors .*--weights model\), which sample"):
+        load(path)
+    is_of(load(path, weights="model"), RAW)
+
+
+def test_arrays_of_other_numbers_are_no_weights(tmp_path: Path) -> None:
+    """Strings, objects and big-endian numbers stay left out; whole numbers are no averages."""
+    beside = {"a": np.array(["x"]), "b": np.ones(3, ">f4"), "c": np.ones(0), "ema_steps": np.arange(3)}
+    checkpoint = load(stored(tmp_path, {"model": RAW.state_dict(), **beside}))
+    is_of(checkpoint, RAW)
+    assert "the network in the file is model; left out: ema_steps, a, b, c" in checkpoint.notes
 
 
 # --- structures without end ---

@@ -136,6 +136,15 @@ def test_other_pickles(protocol: int, tmp_path: Path, modules: Any, monkeypatch:
     Net.__module__ = Forest.__module__ = __name__
 
 
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "compile", "open"])
+def test_a_pickle_that_runs_a_builtin_is_not_called_harmless(name: str, tmp_path: Path) -> None:
+    """Beside tensors as well: the advice is to leave it, not to save it anew."""
+    for content in (b"", b"ctorch._utils\n_rebuild_tensor_v2\n0"):
+        path = tmp_path / "model.pkl"
+        path.write_bytes(b"\x80\x02" + content + b"cbuiltins\n" + name.encode() + b"\nX\x01\x00\x00\x001\x85R.")
+        refused(path, rf"would run builtins\.{name}, .* do not open it unless you trust who wrote it; nothing in")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_whole_modules(zipped: bool, tmp_path: Path, modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.save(model), and a dict with a model in it: the class is named."""
@@ -221,6 +230,48 @@ def test_settings_of_libraries_that_are_not_there(
     checkpoint = load(tmp_path / "file.ckpt")
     assert_same(run(checkpoint.model, TINY), run(model, TINY))
     assert "the network in the file is state_dict; left out: hyper_parameters" in checkpoint.notes
+
+
+class Attributes(dict):  # type: ignore[type-arg]
+    """As EasyDict, yacs and Lightning make theirs: a dict with attributes of its own."""
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self.__dict__.update(self, _frozen=False)
+
+    def __setstate__(self, state: Any) -> None:
+        raise Ran
+
+
+DICTS = [
+    "easydict.EasyDict",
+    "addict.addict.Dict",
+    "yacs.config.CfgNode",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", DICTS)
+def test_settings_in_classes_of_dicts(
+    name: str, zipped: bool, tmp_path: Path, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a class is not imported, whatever items it has."""
+    module, _, short = name.rpartition(".")
+    kind = type(short, (Attributes,), {"__setstate__": Attributes.__setstate__})
+    modules(module, **{short: kind})
+    model = theirs(TINY)
+    model.save_config(tmp_path)
+    settings = kind({"lr": 1e-4, "net": kind({"width": 8})})
+    content = {"hyper_parameters": settings, "state_dict": model.state_dict(), "empty": kind()}
+    torch.save(content, tmp_path / "file.ckpt", _use_new_zipfile_serialization=zipped)
+    parents = [module[:at] for at in range(len(module) + 1) if at == len(module) or module[at] == "."]
+    forget(monkeypatch, *parents)
+    checkpoint = load(tmp_path / "file.ckpt")
+    assert_same(run(checkpoint.model, TINY), run(model, TINY))
+    left = next(note for note in checkpoint.notes if "left out" in note)
+    assert left.startswith("the network in the file is state_dict; left out: hyper_parameters")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -133,7 +133,7 @@ def identify(
     """
     path, notes = layout.weights, list(layout.notes)
     contents = contents_of(content, path)
-    if isinstance(content, list) and len(content) < 5:
+    if isinstance(content, list) and len(content) < 5 and ho.named_list(content) is not None:
         notes.append("ddim's list has no averaged weights (ema); the model's own are used, which sample worse")
     present = networks(contents, FAMILIES)
     averages = next(iter(contents.ordered.values()), [])
@@ -173,12 +173,12 @@ def identify(
 def contents_of(content: Any, path: Path) -> Contents:
     """The tensors in what a weights file holds. Raises CheckpointError for what is no model's file at all."""
     if isinstance(content, list):
-        content = ho.named_list(content, path)
-    if not isinstance(content, dict):
+        content = ho.named_list(content) or content
+    if not isinstance(content, (dict, list, tuple)):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     if is_optimizer(content):
         raise CheckpointError(f"{path} is an optimizer's state, not a model; take the model's file beside it")
-    if {"format", "step", "settings"} <= set(content):
+    if isinstance(content, dict) and {"format", "step", "settings"} <= set(content):
         raise CheckpointError(f"{path} is the state of a training run; load the run's folder, which holds its model")
     contents = flatten(content, path)
     if not contents.tensors and not any(contents.ordered.values()):

@@ -18,6 +18,7 @@ from torch import Tensor
 from .family import Family
 from .files import CheckpointError, listing
 from .foreign import AUTOENCODER
+from .pickles import LeftOut, tensor_of
 
 MAX_DEPTH = 12  # of dicts within dicts, and of a network's prefix
 MAX_ENTRIES = 1_000_000  # a few bytes of pickle can hold a structure of exponential size
@@ -27,7 +28,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 # Containers whose name says nothing about which network they hold.
 _PLAIN = {"state_dict", "module"}
 _AVERAGED = re.compile(r"(^|[_\-])(ema|swa|avg|averaged?|shadow|polyak)([_\-\d.]|$)|Ema$|EMA")
-_NOT_AVERAGED = re.compile(r"online_model|(^|_)(non?|not)_?(ema|avg|swa)", re.I)
+_NOT_AVERAGED = re.compile(r"online_model|(^|[_\-])(non?|not|without|before|pre)[_\-]?(ema|avg|swa)", re.I)
 # What tools and training code leave in a network's own state dict.
 _BOOKKEEPING = re.compile(r"(.*\.)?total_(ops|params)")  # thop
 _SCHEDULE = re.compile(
@@ -54,6 +55,7 @@ class Contents:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # names of what is no tensor
+    unread: list[str] = field(default_factory=list)  # of these, names of objects that have weights inside
     ordered: dict[str, list[Tensor]] = field(default_factory=dict)  # averages in the order of parameters()
     state_dicts: list[str] = field(default_factory=list)  # prefixes of the dicts that hold tensors themselves
 
@@ -68,12 +70,15 @@ def flatten(content: Any, path: Path) -> Contents:
         entries += 1
         if entries > MAX_ENTRIES:
             raise CheckpointError(f"{path} holds more than {MAX_ENTRIES:,} values; it is no checkpoint")
-        if isinstance(value, Tensor):
-            contents.tensors.setdefault(name, value)
+        tensor = tensor_of(value)
+        if tensor is not None:
+            contents.tensors.setdefault(name, tensor)
         elif isinstance(value, (list, tuple)) and len(value) > 1 and _is_averaged(name, {}) and _tensors(value):
-            contents.ordered[f"{name}."] = list(value)
+            contents.ordered[f"{name}."] = [tensor for tensor in map(tensor_of, value) if tensor is not None]
         elif not isinstance(value, (dict, list, tuple)) or is_optimizer(value):
             contents.others.append(name)
+            if isinstance(value, LeftOut) and value.has_weights:
+                contents.unread.append(name)
         elif depth <= MAX_DEPTH and id(value) not in within:
             within.add(id(value))
             inside(value, name, depth)
@@ -85,8 +90,8 @@ def flatten(content: Any, path: Path) -> Contents:
             averages = value.get("shadow_params")
             ordered = isinstance(averages, (list, tuple)) and _tensors(averages)
             if isinstance(averages, (list, tuple)) and ordered:
-                contents.ordered[prefix] = list(averages)
-            elif any(isinstance(v, Tensor) for v in value.values()):
+                contents.ordered[prefix] = [tensor for tensor in map(tensor_of, averages) if tensor is not None]
+            elif any(tensor_of(v) is not None for v in value.values()):
                 contents.state_dicts.append(prefix)
             for key, inner in value.items():
                 if not (ordered and key in ("shadow_params", "collected_params", "temp_stored_params")):
@@ -100,7 +105,7 @@ def flatten(content: Any, path: Path) -> Contents:
 
 
 def _tensors(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, Tensor) for value in values)
+    return all(tensor_of(value) is not None for value in values)
 
 
 def is_optimizer(value: Any) -> bool:
@@ -260,6 +265,13 @@ def choose(contents: Contents, found: Sequence[Network], weights: str | None, pa
             )
     names = ", ".join(n.name for n in loadable)
     averaged = [n for n in loadable if n.averaged]
+    unread = [] if averaged else [name for name in contents.unread if _is_averaged(name, {})]
+    if unread:
+        raise CheckpointError(
+            f"{path}: its averages ({listing(unread)}) are no tensors but objects of a class that is not read here; "
+            f"save them as a state dict of tensors, or load the trained weights by weights={loadable[0].name!r} "
+            f"(--weights {loadable[0].name}), which sample worse"
+        )
     if len(loadable) == 1:
         if averaged:
             notes.append(f"the network in the file is an averaged one ({averaged[0].name})")

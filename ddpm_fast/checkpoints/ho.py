@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,19 +116,12 @@ def load(found: Found) -> Checkpoint:
     return Checkpoint(model, schedule, found.source, "Ho et al.", notes, found.labels)
 
 
-def named_list(content: list[Any], path: Path) -> dict[str, Any]:
-    """ddim's list [model, optimizer, epoch, step, ema] as a dict of its parts.
-
-    Raises CheckpointError for any other list.
-    """
+def named_list(content: list[Any]) -> dict[str, Any] | None:
+    """ddim's list [model, optimizer, epoch, step, ema] as a dict of its parts; None for any other list."""
     parts = dict(zip(("model", "optimizer", "epoch", "step", "ema"), content))
     model = parts.get("model")
     named = isinstance(model, dict) and any("temb.dense." in str(name) for name in model)
-    if not named or len(content) > 5:
-        raise CheckpointError(
-            f"{path} is a list of {len(content)} values, not [model, optimizer, epoch, step, ema] as ddim's ckpt.pth is"
-        )
-    return parts
+    return parts if named and len(content) <= 5 else None
 
 
 def to_ours(tensors: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:

@@ -5,26 +5,37 @@ from __future__ import annotations
 import pickletools
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from typing import IO, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 MAX_OPCODES = 1_000_000
+_MAX_SEARCHED = 300  # values in an object that is left out
 _MAX_TEXT = 200  # characters of a string that could be a name
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a torch.save file from before torch 1.6
 _STRINGS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 # What a state dict itself is made of: not what a pickle is "of".
 _CONTAINERS = re.compile(
-    r"(collections\.(OrderedDict|defaultdict)|(__builtin__|builtins)\.\w+|_codecs\.encode|copyreg\.\w+)$"
+    r"(collections\.(OrderedDict|defaultdict|Counter|deque)|_codecs\.encode|copyreg\.(_reconstructor|__newobj__)"
+    r"|(__builtin__|builtins)\.(list|dict|set|frozenset|tuple|int|long|float|complex|bool|str|unicode|bytes|bytearray"
+    r"|slice|x?range|object))$"
 )
 _TENSORS = re.compile(r"(torch\._utils\.|torch\.\w*Storage$|torch\.storage\.|torch\.Tensor$|torch\.nn\.parameter\.)")
 _ARRAYS = re.compile(r"numpy\b")
+_DICTS = re.compile(
+    r"(collections\.defaultdict|easydict\.EasyDict|addict\.(\w+\.)?Dict|yacs\.config\.CfgNode|munch\.Munch"
+    r"|(pytorch_)?lightning[\w.]*\.AttributeDict)"
+)
 # Classes that hold plain data in training scripts' files: settings, paths, dates, NumPy's numbers.
 _SETTINGS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.\w+|datetime\.\w+|uuid\.UUID|typing\.Any"
-    r"|collections\.defaultdict|(__builtin__|builtins)\.(list|dict|set|tuple|int|float|bool|str)"
+    r"|(__builtin__|builtins)\.(list|dict|set|frozenset|tuple|int|float|complex|bool|str|bytes|slice|x?range)"
     r"|numpy(\._?core\.multiarray)?\.(scalar|_reconstruct|ndarray|dtype)|numpy\.dtypes\.\w+"
-    r"|(omegaconf|ml_collections)\.[\w.]+|(easydict\.EasyDict|addict\.\w+\.Dict|yacs\.config\.CfgNode)"
-    r"|(pytorch_)?lightning[\w.]*\.AttributeDict"
+    rf"|(omegaconf|ml_collections)\.[\w.]+|{_DICTS.pattern}"
 )
 
 
@@ -85,27 +96,105 @@ def stand_ins(imports: list[str]) -> list[Callable[..., Any] | tuple[Callable[..
     The real classes are not imported. Empty where a pickle names anything else, which then stays refused.
     """
     return [
-        (type("LeftOut", (_LeftOut,), {}), alias)
+        (type("LeftOut", (_stand_in(name),), {}), alias)
         for name in imports
         if _SETTINGS.fullmatch(name)
         for alias in {name, name.replace("__builtin__.", "builtins.")}
     ]
 
 
-class _LeftOut:
-    """Takes whatever a pickle does to build an object, and keeps nothing."""
+def _stand_in(name: str) -> type:
+    if _DICTS.fullmatch(name):
+        return _Dict
+    if name.startswith("numpy"):
+        return {"_reconstruct": Array, "dtype": _ArrayType}.get(name.rpartition(".")[2], LeftOut)
+    return LeftOut
 
-    def __new__(cls, *_: Any, **__: Any) -> _LeftOut:
-        return object.__new__(cls)
+
+class _Dict:
+    """In place of a class of dicts. It makes OrderedDicts: torch's unpickler puts items into no other class."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+class LeftOut:
+    """Takes whatever a pickle does to build an object, and keeps only whether there are weights in it."""
+
+    has_weights = False
+
+    def __new__(cls, *values: Any, **__: Any) -> LeftOut:
+        made = object.__new__(cls)
+        made.has_weights = _has_weights(values)
+        return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.has_weights = self.has_weights or _has_weights(state)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+
+class _ArrayType(LeftOut):
+    """In place of NumPy's dtype."""
+
+    letters, order = "", ""
+
+    def __init__(self, letters: Any = "", *_: Any) -> None:
+        self.letters = str(letters)
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = str(state[1]) if isinstance(state, tuple) and len(state) > 1 else ""
+
+
+class Array(LeftOut):
+    """In place of a NumPy array: the tensor of its bytes, where it is one of plain numbers."""
+
+    tensor: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.has_weights = True
+        try:
+            _, shape, kind, by_columns, data = state
+            dtype = _ARRAY_TYPES.get(kind.letters)
+            if dtype is not None and kind.order in ("<", "|", "=") and len(data) and isinstance(data, bytes):
+                flat = torch.frombuffer(bytearray(data), dtype=dtype)
+                by_rows = flat.reshape(shape[::-1] if by_columns else shape)
+                self.tensor = by_rows.permute(*reversed(range(len(shape)))) if by_columns else by_rows
+                self.has_weights = self.tensor.is_floating_point() and self.tensor.ndim > 0
+        except (TypeError, ValueError, AttributeError, RuntimeError):  # not as NumPy writes it
+            pass
+
+
+_ARRAY_TYPES = {
+    **{"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "b1": torch.bool, "u1": torch.uint8},
+    **{"i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64},
+}
+
+
+def _has_weights(value: Any) -> bool:
+    """Whether there is a tensor of weights in it, as far as a bounded search goes: a pickle can hold itself."""
+    waiting, seen = [value], 0
+    while waiting and seen < _MAX_SEARCHED:
+        value, seen = waiting.pop(), seen + 1
+        if isinstance(value, dict):
+            waiting += islice(value.values(), _MAX_SEARCHED)
+        elif isinstance(value, (list, tuple)):
+            waiting += value[:_MAX_SEARCHED]
+        elif value.has_weights if isinstance(value, LeftOut) else _is_weight(value):
+            return True
+    return False
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """The value if it is a tensor, or the tensor of a NumPy array's bytes."""
+    if isinstance(value, Array):
+        return value.tensor
+    return value if isinstance(value, Tensor) else None
 
 
 def kind_of(found: Names) -> str | None:
@@ -124,6 +213,8 @@ def kind_of(found: Names) -> str | None:
         )
     others = [name for name in names if not _CONTAINERS.match(name)]
     own = next((name for name in others if not _TENSORS.match(name) and not _ARRAYS.match(name)), None)
+    if own is not None and own.startswith(("__builtin__.", "builtins.", "os.", "posix.", "nt.", "subprocess.")):
+        return f"a pickle that would run {own}, which no state dict does; do not open it unless you trust who wrote it"
     if own is not None and own.startswith("sklearn."):
         return f"a pickle of scikit-learn ({own}), no network"
     if own is not None:

@@ -86,7 +86,7 @@ def test_another_version_s_set_is_named_as_such(tmp_path: Path):
     start(tmp_path)
     path = tmp_path / "set.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
-    with pytest.raises(StoreError, match="set.json has format 0; this version reads 1"):
+    with pytest.raises(StoreError, match=r"set\.json has format 0; this version reads 1"):
         start(tmp_path)
 
 

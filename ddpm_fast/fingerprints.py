@@ -50,8 +50,8 @@ def of_network(outer: Any, unet: Any) -> object:
 
     - Of each weight its address, dtype, version and the sum of its bits: a change through ``.data``, as diffusers'
       EMAModel makes it, leaves the version as it was.
-    - Of each module its class, the class's ``forward`` and its attributes: hooks, replaced methods, padding modes.
-      What lies inside other objects, such as an attention processor's own attributes, is not seen.
+    - Of each module its class, the class's ``forward`` and ``__call__``, and its attributes: hooks, replaced methods,
+      padding modes. What lies inside other objects, such as an attention processor's own attributes, is not seen.
 
     Args:
         outer: the network as the pipeline has it, with the wrappers of torch.compile or DataParallel.
@@ -65,7 +65,9 @@ def of_network(outer: Any, unet: Any) -> object:
         sums = [w.view(_BITS[w.element_size()]).sum() for w in weights]
         bits = torch.stack([s.to(weights[0].device) for s in sums]).tolist()
     hooks = [_mark(getattr(nn.modules.module, f"_global_forward_{kind}hooks", None)) for kind in ("", "pre_")]
-    modules = [(_Same(type(m)), _Same(type(m).forward), _mark(vars(m))) for m in outer.modules()]
+    modules = [
+        (_Same(type(m)), _Same(type(m).forward), _Same(type(m).__call__), _mark(vars(m))) for m in outer.modules()
+    ]
     return marks, bits, hooks, modules
 
 

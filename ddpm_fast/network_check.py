@@ -2,8 +2,8 @@
 
 Both networks, the pipeline's and the `UNet` that was read from it, run on one small batch at two timesteps. That shows
 whatever changes every forward pass, by whatever means: padding, normalisation, attention, a module put in the place
-of another. Code of others that could act at some steps alone is refused without a trial: hooks, replaced ``forward``
-methods, attention processors.
+of another. Code of others that could act at some steps alone is refused without a trial: hooks, methods replaced on a
+module, classes whose methods are neither torch's nor diffusers', attention processors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.files import listing
+from .code_origin import is_from, is_stock, named, overridden, replaced, written_in
 from .engine.prepared import prepare
 from .house_rule import FLOOR, error
 from .ops import Ops, reference
-from .pipelines import config_of, is_from, named
+from .pipelines import config_of
 from .unet import TimeRows, UNet
 
 IMAGES = 2  # more than one: some attention processors mix the images of a batch
@@ -40,6 +41,7 @@ PLACING = (
     "LayerwiseCastingHook",
     "LazyPrefetchGroupOffloadingHook",
 )
+_RUN = ("__call__", "_call_impl", "forward")
 _PLAIN = (str, int, float, tuple, type(None))
 
 
@@ -161,20 +163,42 @@ def _undisturbed(device: torch.device) -> Iterator[AbstractContextManager[Any]]:
 
 
 def _foreign(outer: Any) -> Iterator[str]:
-    """Hooks, replaced forward methods and attention processors that are neither torch's nor diffusers', named."""
+    """Name the code that is neither torch's nor diffusers': hooks, methods and attention processors."""
+    for kind, before in (("pre-hook", "pre_"), ("hook", "")):
+        for hook in getattr(nn.modules.module, f"_global_forward_{before}hooks", {}).values():
+            if not written_in(("torch",), hook):  # torch's own ones count and trace, and change nothing
+                yield f"a forward {kind} on all modules ({named(hook)})"
     for name, module in outer.named_modules():
         where = f" on {name}" if name else ""
         for kind, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
             for hook in hooks.values():
                 yield f"a forward {kind}{where} ({named(hook)})"
+        yield from (f"{method}{where}" for method in _methods(module))
         if "forward" in vars(module) and not _is_own(module):
             forward: Any = vars(module)["forward"]
             by_hook = isinstance(forward, functools.partial) and is_from("accelerate", forward.func)
             by = type(vars(module).get("_hf_hook")).__name__ if by_hook else named(forward)
             yield f"{name + '.' if name else ''}forward, replaced by {by}"
         processor = vars(module).get("processor")
-        if processor is not None and not is_from("diffusers", type(processor)):
+        if processor is not None and not is_stock(("diffusers",), type(processor), "__call__"):
             yield f"an attention processor{where} ({named(processor)})"
+
+
+def _methods(module: Any) -> Iterator[str]:
+    """Methods of a module that are neither torch's nor diffusers', its ``forward`` apart where the module has one."""
+    kind, own = type(module), ("torch", "diffusers")
+    others = list(overridden(own, kind))
+    yield from others
+    if not others:
+        yield from (f"{kind.__name__}.{name}, replaced" for name in _RUN if not is_stock(own, kind, name))
+    for name, value in replaced((*own, "accelerate"), module):
+        if name not in ("forward", "_compiled_call_impl"):
+            yield f"{name}, replaced by {named(value)},"
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is not None:
+        inner = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+        if getattr(inner, "__self__", None) is not module or not written_in(("torch",), inner):
+            yield f"_compiled_call_impl, replaced by {named(compiled)},"
 
 
 def _is_own(module: Any) -> bool:

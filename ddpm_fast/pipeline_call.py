@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .code_origin import is_stock
 from .images import check_channels, picture
-from .pipelines import is_from
 from .sampler import to_uint8
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -65,7 +65,8 @@ def check_generator(given: Any) -> torch.Generator | list[torch.Generator] | Non
 def images_of(x: Tensor, output_type: str, pipeline: Any) -> Any:
     """x_0 [n, C, H, W] as a call returns it; pictures by the pipeline's own ``numpy_to_pil`` where it has one."""
     converter = getattr(pipeline, "numpy_to_pil", None)
-    own = converter is not None and not is_from("diffusers", converter)
+    name = "numpy_to_pil"
+    own = name in getattr(pipeline, "__dict__", {}) or not is_stock(("diffusers",), type(pipeline), name)
     if output_type == "pil" and not own:
         return [picture(image) for image in to_uint8(x).cpu().numpy()]
     images = (x / 2 + 0.5).clamp(0, 1)

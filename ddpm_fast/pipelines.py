@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checkpoints.files import listing
 from .checkpoints.schedulers import DDIM, DDPM, SOLVERS, schedule_fields
+from .code_origin import is_from, is_stock, named, written_in
 from .config import UNetConfig
 from .schedule import PREDICTION_TYPES, Schedule
 from .unet import UNet
@@ -25,17 +26,6 @@ TAKES = "accelerate takes a diffusers DDPMPipeline or DDIMPipeline"
 # and keeps the posterior's quotients finite.
 LEAST_BETA = 2.0**-40
 UNDERFLOW = 1e-6  # of float32's alphas_cumprod in a schedule whose last ones are beyond its range
-
-
-def is_from(package: str, thing: Any) -> bool:
-    """Whether a class or function was defined in a package."""
-    return str(getattr(thing, "__module__", "")).partition(".")[0] == package
-
-
-def named(thing: Any) -> str:
-    """A function, class or object by its name."""
-    thing = getattr(thing, "func", thing)  # functools.partial
-    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
 
 
 def config_of(thing: Any) -> dict[str, Any]:
@@ -63,11 +53,14 @@ def check_pipeline(pipeline: Any) -> None:
     if not any(base.__name__ in PIPELINES and is_from("diffusers", base) for base in kind.__mro__):
         raise ValueError(f"{TAKES}; got {kind.__name__}{_same_parts(pipeline)}")
     for method, does in (("__call__", "draws the images"), ("progress_bar", "hands out the timesteps")):
-        found = vars(pipeline).get(method) if method != "__call__" else None
-        found = getattr(kind, method) if found is None else found
-        if not is_from("diffusers", found):
+        own = vars(pipeline).get(method) if method != "__call__" else None
+        stock = is_stock(("diffusers",), kind, method) if own is None else written_in(("diffusers",), own)
+        if not stock:
+            owner = next(c for c in kind.__mro__ if method in vars(c))
+            patched = own is not None or is_from("diffusers", owner)
+            by = named(own or getattr(kind, method)) if patched else f"{owner.__name__}.{method}"
             raise ValueError(
-                f"this {kind.__name__} {does} by a {method} of its own ({named(found)}), which accelerate would not "
+                f"this {kind.__name__} {does} by a {method} of its own ({by}), which accelerate would not "
                 "run; without it, accelerate a plain DDPMPipeline(pipeline.unet, pipeline.scheduler)"
             )
 
@@ -93,7 +86,14 @@ def unet_of(pipeline: Any) -> Any:
     """The pipeline's UNet2DModel, without wrappers. ValueError for another network."""
     unet: Any = getattr(pipeline, "unet", None)
     for wrapper in ("module", "_orig_mod", "module"):  # of DataParallel and torch.compile
-        unet = getattr(unet, wrapper, unet)
+        if is_from("torch", type(unet)):
+            unet = getattr(unet, wrapper, unet)
+    inside = getattr(unet, "module", None)
+    if inside is not None and not any(c.__name__ == "UNet2DModel" for c in type(unet).__mro__):
+        raise ValueError(
+            f"accelerate looks through the wrappers of torch alone; this pipeline's unet is a {type(unet).__name__} "
+            f"around a {type(inside).__name__}: set pipeline.unet = pipeline.unet.module"
+        )
     if not hasattr(unet, "config") or not hasattr(getattr(pipeline, "scheduler", None), "config"):
         raise ValueError(f"{TAKES}; got {type(pipeline).__name__} without a unet and a scheduler of diffusers")
     owner = next((c for c in type(unet).__mro__ if "forward" in vars(c)), type(unet))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .code_origin import is_from, is_stock, named, overridden
 from .fingerprints import DRAWING
 from .kernels.reference import C0, CLIP, CO, CX, KO, KX, SIGMA, sampler_step
-from .pipelines import is_from, named
 from .schedule import Schedule
 from .step_table import StepTable, step_table
 
@@ -66,8 +66,9 @@ def checked_steps(
             )
         table, chosen = step_table(schedule, timesteps, eta=eta), timesteps
     rows: Sequence[int] = range(len(table))
-    methods = [getattr(type(scheduler), name) for name in DRAWING if hasattr(type(scheduler), name)]
-    if len(table) > ROWS and all(is_from("diffusers", method) for method in methods):
+    cls, packages = type(scheduler), ("diffusers",)
+    stock = all(is_stock(packages, cls, name) for name in DRAWING) and not any(overridden(packages, cls))
+    if len(table) > ROWS and stock:
         rows = sorted({round(i * (len(table) - 1) / (ROWS - 1)) for i in range(ROWS)})
     try:
         fault = _fault(own, table, schedule, rows, channels, step_options or {}, plain)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from dropin_setup import agrees, difference, drawn, pipeline
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 import ddpm_fast as df
 from ddpm_fast import dropin
@@ -89,9 +91,9 @@ NETWORKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "circular": (circular, "conv_in.padding_mode is 'circular', not 'zeros'"),
     "one padding": (one_padding, "up_blocks.0.resnets.0.conv2.padding_mode is 'reflect', not 'zeros'; undo"),
     "scale": (lambda p: setattr(p.unet.mid_block.resnets[1], "output_scale_factor", 2.0), "output_scale_factor is 2.0"),
-    "another module": (swapped("conv_out", Loud, 1, 1, 1), "conv_out is a Loud, not a Conv2d"),
-    "images mixed": (swapped("conv_norm_out", Mixing, 1, 1), "conv_norm_out is a Mixing, not a GroupNorm"),
-    "noise": (swapped("conv_norm_out", Noisy, 1, 1), "conv_norm_out is a Noisy, not a GroupNorm"),
+    "another module": (swapped("conv_out", Loud, 1, 1, 1), r"leave out: Loud\.forward on conv_out; remove it"),
+    "images mixed": (swapped("conv_norm_out", Mixing, 1, 1), r"leave out: Mixing\.forward on conv_norm_out;"),
+    "noise": (swapped("conv_norm_out", Noisy, 1, 1), r"leave out: Noisy\.forward on conv_norm_out;"),
     "activation": (lambda p: setattr(p.unet, "conv_act", nn.Tanh()), "conv_act is a Tanh, not a SiLU"),
     "hook": (lambda p: p.unet.register_forward_hook(late), r"leave out: a forward hook \(late\); remove it first"),
     "pre-hook": (
@@ -196,23 +198,114 @@ def test_rounding_is_far_below_what_is_refused_and_padding_far_above(dtype: torc
     assert rounding < {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
 
 
-class Silent(nn.GroupNorm):
-    """The same values by other code."""
+class Renamed(nn.GroupNorm):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.clone())
-
-
-class OneSize(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != 24:
-            raise RuntimeError("made for 24 pixels")
-        return super().forward(x)
+    def extra_repr(self) -> str:
+        return "renamed"
 
 
-class Broken(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("boom\nand more")
+# --- code that acts at some steps alone, which no trial at others can find ---
+
+
+def counting(module: nn.Module, method: str = "forward", wraps: bool = False) -> None:
+    """Give a module a class whose method, at each fifth call from the fourth on, gives twice as much."""
+    base: Any = type(module)
+    calls = [0]
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(base, method)(self, *args, **kwargs)
+        calls[0] += 1
+        if calls[0] % 5 == 4:
+            (result if isinstance(result, Tensor) else result.sample).mul_(2)
+        return result
+
+    if wraps:
+        other = functools.wraps(getattr(base, method))(other)
+    module.__class__ = type("Counting", (base,), {method: other, "__module__": __name__})
+
+
+def in_a_wrapper(p: Any) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: Any):
+            super().__init__()
+            self.module, self.config, self.dtype, self.device = module, module.config, module.dtype, module.device
+
+        def forward(self, x: Tensor, t: Any) -> Any:
+            result = self.module(x, t)
+            result.sample = result.sample * (2 if int(t) < 5 else 1)
+            return result
+
+    object.__setattr__(p, "unet", Wrapper(p.unet))
+
+
+def replaced_method(p: Any) -> None:
+    attention = p.unet.mid_block.attentions[0]
+    head_to_batch_dim = attention.head_to_batch_dim
+    attention.head_to_batch_dim = functools.wraps(head_to_batch_dim)(lambda *args: head_to_batch_dim(*args))
+
+
+def dressed_processor(p: Any) -> None:
+    kind: Any = type(p.unet.mid_block.attentions[0].processor)
+    call = functools.wraps(kind.__call__)(lambda self, attention, x, *a, **k: x)
+    p.unet.mid_block.attentions[0].processor = type("Q", (kind,), {"__call__": call, "__module__": kind.__module__})()
+
+
+LATE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "block": (lambda p: counting(p.unet.mid_block), r"leave out: Counting\.forward on mid_block; remove it first"),
+    "dressed": (lambda p: counting(p.unet.mid_block, wraps=True), r"leave out: Counting\.forward on mid_block; "),
+    "activation": (lambda p: counting(p.unet.conv_act), r"leave out: Counting\.forward on conv_act; "),
+    "time": (lambda p: counting(p.unet.time_proj), r"leave out: Counting\.forward on time_proj; "),
+    "call": (lambda p: counting(p.unet, "__call__"), r"leave out: Counting\.__call__; "),
+    "call of a block": (lambda p: counting(p.unet.mid_block, "_call_impl"), r"Counting\._call_impl on mid_block; "),
+    "inner": (lambda p: counting(p.unet.conv_out, "_conv_forward"), r"Counting\._conv_forward on conv_out; "),
+    "wrapper": (in_a_wrapper, r"a Wrapper around a UNet2DModel: set pipeline\.unet = pipeline\.unet\.module$"),
+    "method": (replaced_method, r"head_to_batch_dim, replaced by .* on mid_block\.attentions\.0; "),
+    "processor": (dressed_processor, r"an attention processor on mid_block\.attentions\.0 \(Q\); "),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", LATE)
+def test_code_that_acts_at_some_steps_alone_is_refused(name: str, when: str):
+    change, message = LATE[name]
+    p = pipeline()
+    plain = drawn(p, num_inference_steps=5)
+    fast = df.accelerate(p) if when == "after" else None
+    change(p)
+    assert difference(drawn(p, num_inference_steps=5), plain) > 1e-3 or name in ("method", "call of a block")
+    with pytest.raises(ValueError, match=message) as error:
+        df.accelerate(p) if fast is None else drawn(fast)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_hooks_on_all_modules_are_refused_unless_they_are_torch_s(pre: bool):
+    p = pipeline()
+    fast = df.accelerate(p)
+    expected = drawn(fast)
+    register: Any = nn.modules.module.register_module_forward_pre_hook
+    register = register if pre else nn.modules.module.register_module_forward_hook
+    handle = register(late)
+    try:
+        for call in (lambda: drawn(fast), lambda: df.accelerate(p)):
+            with pytest.raises(ValueError, match=rf"a forward {'pre-' * pre}hook on all modules \(late\); remove it"):
+                call()
+    finally:
+        handle.remove()
+    with ModuleTracker():  # torch's own, which registers hooks of both kinds
+        assert difference(drawn(fast), expected) == 0
+
+
+def test_methods_patched_into_the_libraries_are_refused(monkeypatch: pytest.MonkeyPatch):
+    p = pipeline()
+    fast = df.accelerate(p)
+    forward = ResnetBlock2D.forward
+    monkeypatch.setattr(ResnetBlock2D, "forward", functools.wraps(forward)(lambda *args: forward(*args)))
+    for call in (lambda: drawn(fast), lambda: df.accelerate(p)):
+        with pytest.raises(ValueError, match=r"leave out: ResnetBlock2D\.forward, replaced on down_blocks"):
+            call()
 
 
 def compiled_forward(p: Any) -> None:
@@ -223,7 +316,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
     "training mode without dropout": lambda p: p.unet.train(),
     "another attention processor": lambda p: setattr(p.unet.mid_block.attentions[0], "processor", AttnProcessor()),
     "channels_last": lambda p: p.unet.to(memory_format=torch.channels_last),
-    "another class": swapped("conv_norm_out", Silent, 1, 1),
+    "a class without code of its own": swapped("conv_norm_out", Renamed, 1, 1),
 }
 
 
@@ -245,10 +338,12 @@ def test_compiled_networks_are_not_compiled_for_the_trial():
 
 def test_a_network_of_one_size_is_tried_at_that_size():
     p = pipeline(sample_size=24)
-    swapped("conv_in", OneSize, 1, 1, 1)(p)
+    p.unet.conv_act = nn.Sequential(nn.Flatten(2), nn.SiLU(), nn.Unflatten(2, (24, 24)))
     assert agrees(drawn(df.accelerate(p)), p)
-    swapped("conv_in", Broken, 1, 1, 1)(p)
-    with pytest.raises(ValueError, match=r"the pipeline's own network does not run: RuntimeError: boom$"):
+    p.unet.conv_act = nn.Sequential(nn.Flatten(2), nn.SiLU(), nn.Unflatten(2, (23, 24)))
+    with pytest.raises(
+        ValueError, match=r"the pipeline's own network does not run: RuntimeError: unflatten: .*tensor$"
+    ):
         df.accelerate(p)
 
 
@@ -261,9 +356,9 @@ def test_a_trial_leaves_random_states_and_the_caller_s_autocast_alone():
     assert torch.equal(torch.rand(2), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert difference(drawn(df.accelerate(p)), drawn(fast)) == 0
-    swapped("conv_norm_out", Noisy, 1, 1)(p)
+    p.unet.conv_act = nn.RReLU()  # in training mode it draws random slopes
     torch.manual_seed(3)
-    with pytest.raises(ValueError, match="Noisy"):
+    with pytest.raises(ValueError, match="conv_act is a RReLU, not a SiLU"):
         df.accelerate(p)
     assert torch.equal(torch.rand(2), expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from typing import Any
 
@@ -23,12 +24,26 @@ from ddpm_fast.dropin import Accelerated
 
 class Brighter(DDPMPipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().__call__(*args, **kwargs)
+        result = DDPMPipeline.__call__(self, *args, **kwargs)
         result.images = result.images * 0.5
         return result
 
 
 class HalfWay(DDPMPipeline):
+    def progress_bar(self, iterable: Any = None, total: Any = None) -> Any:
+        return iterable[: len(iterable) // 2]
+
+
+class Dressed(DDPMPipeline):
+    """wraps copies the name and the module of what it wraps."""
+
+    @functools.wraps(DDPMPipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Brighter.__call__(self, *args, **kwargs)
+
+
+class DressedHalf(DDPMPipeline):
+    @functools.wraps(DDPMPipeline.progress_bar)
     def progress_bar(self, iterable: Any = None, total: Any = None) -> Any:
         return iterable[: len(iterable) // 2]
 
@@ -47,12 +62,23 @@ class Negative(DDPMPipeline):
         return DDPMPipeline.numpy_to_pil(1 - images)
 
 
-@pytest.mark.parametrize("kind, method", [(Brighter, "__call__"), (HalfWay, "progress_bar")])
+class DressedNegative(DDPMPipeline):
+    numpy_to_pil = staticmethod(
+        functools.wraps(DDPMPipeline.numpy_to_pil)(lambda images: Negative.numpy_to_pil(images))
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, method",
+    [(Brighter, "__call__"), (HalfWay, "progress_bar"), (Dressed, "__call__"), (DressedHalf, "progress_bar")],
+)
 def test_a_pipeline_that_draws_by_code_of_its_own_is_refused(kind: Any, method: str):
     plain = pipeline()
     p = pipeline(kind)
     assert difference(drawn(p), drawn(plain)) > 1e-2
-    with pytest.raises(ValueError, match=rf"this {kind.__name__} .* by a {method} of its own") as error:
+    with pytest.raises(
+        ValueError, match=rf"this {kind.__name__} .* by a {method} of its own \({kind.__name__}.{method}"
+    ) as error:
         df.accelerate(p)
     assert "DDPMPipeline(pipeline.unet, pipeline.scheduler)" in str(error.value)
     assert agrees(drawn(df.accelerate(DDPMPipeline(p.unet, p.scheduler))), plain)
@@ -65,9 +91,10 @@ def test_methods_that_were_replaced_are_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="hands out the timesteps by a progress_bar of its own"):
         drawn(fast)
     del p.progress_bar
-    monkeypatch.setattr(DDPMPipeline, "__call__", lambda self: None)
-    with pytest.raises(ValueError, match="draws the images by a __call__ of its own"):
-        drawn(fast)
+    for patch in (lambda self: None, functools.wraps(DDPMPipeline.__call__)(lambda self: None)):
+        monkeypatch.setattr(DDPMPipeline, "__call__", patch)
+        with pytest.raises(ValueError, match="draws the images by a __call__ of its own"):
+            drawn(fast)
 
 
 def test_a_subclass_that_draws_as_its_base_is_taken():
@@ -75,8 +102,9 @@ def test_a_subclass_that_draws_as_its_base_is_taken():
     assert agrees(drawn(df.accelerate(p)), p)
 
 
-def test_pictures_are_made_by_the_pipeline_s_own_method():
-    p = pipeline(Negative)
+@pytest.mark.parametrize("kind", [Negative, DressedNegative])
+def test_pictures_are_made_by_the_pipeline_s_own_method(kind: Any):
+    p = pipeline(kind)
     ours, theirs = (drawn(q, output_type="pil") for q in (df.accelerate(p), p))
     plain = drawn(pipeline(), output_type="pil")
     assert difference(theirs[0], plain[0]) > 50

@@ -5,6 +5,7 @@ The oracle is the pipeline itself, in the same process.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,6 +162,29 @@ def test_alphas_of_another_length_are_refused():
     one_less(p)
     with pytest.raises(ValueError, match="alphas_cumprod must be 20 numbers"):
         df.accelerate(p)
+
+
+class DressedLate(DDPMScheduler):
+    """Another step at one timestep of a hundred."""
+
+    @functools.wraps(DDPMScheduler.step)
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        result = super().step(model_output, timestep, sample, **kwargs)
+        if timestep == 59:
+            result.prev_sample = result.prev_sample + 0.5
+        return result
+
+
+def test_every_step_of_a_scheduler_with_code_of_its_own_is_compared():
+    p = pipeline()
+    fast = df.accelerate(p)
+    p.scheduler = DDPMScheduler(100)
+    plain = drawn(p, num_inference_steps=100)
+    assert agrees(drawn(fast, num_inference_steps=100), p, plain, LONG_TABLES, num_inference_steps=100)
+    p.scheduler = DressedLate(100)
+    assert difference(drawn(p, num_inference_steps=100), plain) > 1e-3
+    with pytest.raises(ValueError, match=r"the DressedLate takes other steps .* at timestep 59 "):
+        drawn(fast, num_inference_steps=100)
 
 
 def test_a_ddim_scheduler_s_last_alpha():

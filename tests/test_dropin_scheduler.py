@@ -300,3 +300,13 @@ def test_advice_is_for_solvers_of_a_ddpm_alone():
         with pytest.raises(ValueError, match=f"this pipeline has a {type(other).__name__}; its process") as error:
             df.accelerate(p)
         assert "DDIMScheduler.from_config" not in str(error.value) and "by the pipeline itself" in str(error.value)
+
+
+def test_nan_of_the_network_ends_the_call_and_names_the_step():
+    """diffusers' images are NaN: the logarithm of timestep 0, or of a negative variance."""
+    fourier, learned = pipeline(time_embedding_type="fourier"), pipeline(out_channels=6)
+    learned.scheduler = DDPMScheduler(**SHORT, variance_type="learned")
+    for p, step in ((fourier, r"step 10 of 10 \(t = 0\)"), (learned, r"step 1 of 10 \(t = 18\)")):
+        assert np.isnan(drawn(p)).any()
+        with pytest.raises(RuntimeError, match=rf"images must be finite; .* id 0 from {step}"):
+            drawn(df.accelerate(p))

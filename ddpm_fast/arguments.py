@@ -69,12 +69,17 @@ def check_noise(noise: object, automatic: bool = False) -> None:
 
 def whole_labels(labels: Any, device: torch.device) -> Tensor:  # [] or [n] int64 on the device
     """Class numbers: one, or one an image. ValueError for other shapes and for what are no whole numbers."""
-    try:
-        given = torch.as_tensor(labels, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"labels must be whole numbers; got {str(labels)[:80]!r}") from None
+    given = labels_tensor(labels, device)
     check_labels(given)
     return given.to(torch.int64)
+
+
+def labels_tensor(labels: Any, device: torch.device) -> Tensor:
+    """Labels as a tensor. ValueError for what are no numbers."""
+    try:
+        return torch.as_tensor(labels, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"labels must be whole numbers; got {str(labels)[:80]!r}") from None
 
 
 def check_labels(labels: Tensor) -> None:

@@ -303,6 +303,19 @@ def test_averages_whose_order_is_not_clear(tmp_path: Path) -> None:
         load(path)
 
 
+def test_averages_of_a_part(tmp_path: Path) -> None:
+    """Those of parameters that were not averaged are the trained ones, and a note says so."""
+    averages = ema_model(AVERAGED.state_dict()).state_dict()["shadow_params"]
+    path = stored(tmp_path, {"model": RAW.state_dict(), "ema": {"shadow_params": averages[2:]}})
+    first = list(RAW.state_dict())[:2]
+    checkpoint = load(path)
+    said = f"2 tensors have no average, so the trained ones are used: {', '.join(first)}"
+    assert said in checkpoint.notes
+    state, raw = checkpoint.model.state_dict(), load(path, weights="model").model.state_dict()
+    assert torch.equal(state["conv_in.weight"], raw["conv_in.weight"])
+    assert not torch.equal(state["conv_out.weight"], raw["conv_out.weight"])
+
+
 @pytest.mark.parametrize("inside", ["tensors", "arrays", "a dict"])
 def test_averages_in_an_object_that_is_left_out(inside: str, tmp_path: Path) -> None:
     """The trained weights do not pass for averages that cannot be read."""

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import functools
 import io
+import json
 import pathlib
 import pickle
 import sys
@@ -134,6 +135,32 @@ def test_other_pickles(protocol: int, tmp_path: Path, modules: Any, monkeypatch:
         path.write_bytes(pickle.dumps(content, protocol))
         refused(path, message)
     Net.__module__ = Forest.__module__ = __name__
+
+
+def test_a_training_state_of_edm(tmp_path: Path, modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules("torch_utils.persistence", _reconstruct_persistent_obj=reconstruct)
+    reconstruct.__qualname__ = "_reconstruct_persistent_obj"
+    path = tmp_path / "training-state-000100.pt"
+    torch.save({"net": persistent("EDMPrecond", reconstruct), "optimizer_state": {}}, path)
+    forget(monkeypatch, "torch_utils.persistence", "torch_utils")
+    refused(path, r"it is an EDM snapshot \(EDMPrecond\), .*; nothing in it was run")
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_under_a_safetensors_name(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps({"conv_in.weight": [0.5] * 9}, protocol))
+    refused(path, "is a torch.save file under a safetensors name; rename it to .bin")
+
+
+def test_a_safetensors_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    """640 bytes, 0x0280, are written as a pickle of protocol 2 begins."""
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"fc.weight": tensor}).ljust(640).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    refused(path, "no checkpoint of a known family; its 1 tensors are fc.weight")
 
 
 @pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "compile", "open"])

@@ -361,3 +361,17 @@ def test_a_local_folder_goes_before_the_hub(hub: Hub, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     sound_folder(tmp_path / "org").rename(tmp_path / "org/name")
     assert load("org/name").model.config.sample_size == 4 and not hub.calls
+
+
+def test_two_files_of_accelerate_in_one_folder(tmp_path: Path) -> None:
+    """The one in safetensors is taken, and a note names the other."""
+    for seed, name in ((1, "model.safetensors"), (2, "pytorch_model.bin")):
+        model = theirs(TINY, seed)
+        model.save_config(tmp_path)
+        if seed == 1:
+            save_file(model.state_dict(), tmp_path / name)
+        else:
+            torch.save(model.state_dict(), tmp_path / name)
+    checkpoint = load(tmp_path)
+    assert_same(run(checkpoint.model, TINY), run(theirs(TINY, 1), TINY))
+    assert "model.safetensors is used, and not pytorch_model.bin beside it" in checkpoint.notes

@@ -28,6 +28,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     "one-hot integers": (torch.eye(5).long()[RIGHT], r"got shape \[4, 5\], one-hot rows: pass labels\.argmax\(1\)"),
     "a table": (torch.ones(4, 5), r"labels must be class numbers of shape \[n\], one an image; got shape \[4, 5\]$"),
     "fractions": (RIGHT + 0.5, r"labels must be whole numbers; got float32 numbers"),
+    "too large": (RIGHT + 1, r"labels must be in 0\.\.[34]; got 1\.\.5$"),
+    "negative": (RIGHT - 1, r"labels must be in 0\.\.[34]; got -1\.\.3$"),
+    "words": (["cat"] * N, r"labels must be whole numbers; got .*cat"),
     "truth values": (RIGHT > 1, "labels must be whole numbers; got bool"),
 }
 ENTRIES: dict[str, Callable[[Any], Any]] = {

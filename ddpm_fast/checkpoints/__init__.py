@@ -28,8 +28,8 @@ __all__ = ["TARGETS", "Checkpoint", "CheckpointError", "convert", "identify", "l
 _UNNAMED = (
     "{path} holds averaged weights as a list of {count} tensors in the order of parameters(), without names (as the "
     "state of diffusers' EMAModel or of Score-SDE does), and no network whose names they could take; save the model's "
-    "state dict beside them in one file, as in {{'model': model.state_dict(), 'ema': ema.state_dict()}}, or put the "
-    "config.json of a UNet2DModel beside it"
+    "state dict beside them in one file, as in {{'model': model.state_dict(), 'ema': ema.state_dict()}}; averages of a "
+    "UNet2DModel by EMAModel may have its config.json beside the file instead"
 )
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pixel-art"

@@ -47,6 +47,7 @@ class Network:
     family: Family
     tensors: Mapping[str, Tensor]
     averaged: bool
+    without_average: tuple[str, ...] = ()  # names of an averaged one whose tensors are the trained ones
 
 
 @dataclass
@@ -188,7 +189,11 @@ def _by_order(contents: Contents, found: Sequence[Network]) -> Iterator[Network]
             if named is not None:
                 tensors = {name: named.get(network.prefix + name, t) for name, t in network.tensors.items()}
                 name = place.removesuffix(".") or "ema"
-                yield Network(name, name, network.prefix, network.family, tensors, True)
+                trained = (
+                    n for n, t in network.tensors.items() if network.prefix + n not in named and _is_weight(n, t)
+                )
+                rest = tuple(n for n in trained if n not in network.family.reads)
+                yield Network(name, name, network.prefix, network.family, tensors, True, rest)
                 break
 
 
@@ -316,10 +321,19 @@ def _named(found: Sequence[Network], weights: str, path: Path) -> Network:
 
 def without_strays(network: Network, notes: list[str]) -> dict[str, Tensor]:
     """The network's tensors without counters, random states and schedules that were saved in its own state dict."""
+    if network.without_average:
+        notes.append(
+            f"{len(network.without_average)} tensors have no average, so the trained ones are used: "
+            f"{listing(list(network.without_average))}"
+        )
     left = {n for n, t in network.tensors.items() if n not in network.family.reads and _is_stray(n, t)}
     if left:
         notes.append(f"left out, as they are no weights: {listing(sorted(left))}")
     return {name: t for name, t in network.tensors.items() if name not in left}
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not _is_stray(name, tensor)
 
 
 def _is_stray(name: str, tensor: Tensor) -> bool:

@@ -66,7 +66,8 @@ def read_weights(path: Path) -> Any:
         raise CheckpointError(f"{path} is {kind}")
     if path.suffix == ".json":
         return read_sharded(path)
-    if path.suffix == ".safetensors" and (is_zip or head.startswith(b"\x80\x02")):
+    pickled = head[:1] == b"\x80" and head[1:2] <= b"\x05" and head[8:9] != b"{"  # else a header's length
+    if path.suffix == ".safetensors" and (is_zip or pickled):
         raise CheckpointError(f"{path} is a torch.save file under a safetensors name; rename it to .bin")
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return read_safetensors(path)
@@ -244,6 +245,8 @@ def _refusal(path: Path, error: Exception) -> str:
         why = inner[1] if inner else type(error).__name__ if "weights_only" in str(error) else first_line(error)
         return f"{path} is damaged, or not a state dict of plain tensors: {why}"
     name = found[1].rstrip(".,`'\"")
+    if "persistence" in name and (kind := kind_of(_names(path, zipfile.is_zipfile(path)))) is not None:
+        return f"{path} is refused: it is {kind}; nothing in it was run"
     advice = "where you trust it, load it in the program that wrote it and save its state_dict() as safetensors"
     return f"{path} is refused: unpickling it would run {name}, which is not plain tensors; nothing was run; {advice}"
 

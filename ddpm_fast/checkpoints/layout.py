@@ -138,7 +138,8 @@ def _choose_weights(folder: Path) -> tuple[Path, list[str]]:
         return plain, []
     present = _any_weights(folder)
     if present and present[0].name in ACCELERATE:
-        return present[0], []
+        others = listing([path.name for path in present[1:]])
+        return present[0], [f"{present[0].name} is used, and not {others} beside it"] if others else []
     variants: dict[str, Path] = {}
     for path in sorted(present, key=lambda p: (".safetensors" not in p.name, ".index" not in p.name)):
         rest = path.name.removeprefix(WEIGHTS + ".")

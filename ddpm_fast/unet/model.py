@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_class_features, check_labels
+from ..arguments import check_class_features, check_labels, labels_tensor
 from ..config import SKIP_DOWN, SKIP_UP, UNetConfig
 from ..kernels.reference import ACTIVATIONS
 from ..ops import Feature, Ops, reference
@@ -122,9 +122,10 @@ class UNet(nn.Module):
             return ACTIVATIONS[self.config.act_fn](emb)
         if labels is None:
             raise ValueError("this model is class-conditional: pass labels")
-        labels = torch.as_tensor(labels, device=t.device)
+        labels = labels_tensor(labels, t.device)
         labels = labels.reshape(1) if labels.ndim == 0 else labels
         self.check_labels(labels)
+        self._check_range(labels)
         if len(labels) not in (1, len(t)):
             raise ValueError(f"one label an image is needed; got {len(labels)} for {len(t)}")
         if self.config.class_embed_type == "timestep":
@@ -132,6 +133,17 @@ class UNet(nn.Module):
         elif self.config.class_embed_type is None:
             labels = labels.long()  # an embedding takes no smaller integers
         return ACTIVATIONS[self.config.act_fn](emb + self.class_embedding(labels).to(emb.dtype))
+
+    def _check_range(self, labels: Tensor) -> None:
+        """ValueError for a number that is no class. A GPU is not asked, since the host would have to wait for it."""
+        classes = self.config.num_class_embeds
+        if self.config.class_embed_type is not None or classes is None or torch.compiler.is_compiling():
+            return
+        if type(labels) is Tensor and labels.device.type == "cpu" and labels.numel():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= classes:
+                got = f"{low}..{high}" if low < high else low
+                raise ValueError(f"labels must be in 0..{classes - 1}; got {got}")
 
     def check_labels(self, labels: Tensor) -> None:
         """ValueError unless the labels have the shape and the kind of numbers that this model takes."""

@@ -104,7 +104,7 @@ def test_evaluation_draws_of_every_class_and_of_no_other(models: Path):
     from ddpm_fast.cli.evaluate import _drawn
 
     loaded = df.load(models / "dropout")
-    images = np.concatenate(list(_drawn(str(models / "dropout"), 5, 5, 0, "cpu").batches(5)))
+    images = np.concatenate(list(_drawn(str(models / "dropout"), None, 5, 5, 0, "cpu").batches(5)))
     sampler = df.Sampler(loaded.model, loaded.schedule, batch_size=5, device="cpu")
     wanted = df.to_uint8(sampler.sample(5, labels=[0, 1, 2, 0, 1])).numpy()
     assert np.array_equal(images, wanted)

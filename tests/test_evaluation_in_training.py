@@ -32,7 +32,7 @@ def test_a_run_is_evaluated_by_the_way(tmp_path: Path, monkeypatch: pytest.Monke
     assert entry["note"] == "6" and entry["count"] == 6 and entry["against_count"] == len(data)
     network = extractor("efficientnet-lite0")
     against = evaluation.reference(open_stream(path), network, cache=tmp_path / "own")
-    result = evaluation.evaluate(_drawn(str(tmp_path / "run"), 6, 64, 0, "cpu"), against, network)
+    result = evaluation.evaluate(_drawn(str(tmp_path / "run"), None, 6, 64, 0, "cpu"), against, network)
     assert entry["distance"] == pytest.approx(result.distance, rel=1e-3)
 
 

@@ -26,6 +26,7 @@ NUMERIC = (
     *("test_step_table", "test_train_step", "test_unet", "test_verify", "test_winograd"),
 )
 INTERPRETED = {"device", "interpreted"}  # fixtures
+NOT_NUMERIC = ("interpreter", "triton]", "damaged", "command_line")  # in a test's name: interpreted, or about messages
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
@@ -68,8 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if item.path.name.startswith(NUMERIC) and not fixtures & INTERPRETED and "interpreter" not in item.name:
+        other = INTERPRETED & set(getattr(item, "fixturenames", ())) or any(word in item.name for word in NOT_NUMERIC)
+        if item.path.name.startswith(NUMERIC) and not other:
             item.add_marker("numeric")
     if HAS_GPU:
         return

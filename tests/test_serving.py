@@ -313,7 +313,7 @@ def test_the_repr_says_what_draws_and_why():
     ]
     automatic = df.Sampler(_model, SCHEDULE, image_shape=(1, 4, 4), noise=[torch.Generator()])
     assert "  model: _model\n" in repr(automatic) and "  noise: by generator\n" in repr(automatic)
-    assert f"  ops: cpu ({automatic.ops_reason})\n" in repr(automatic) and "one batch is" in automatic.ops_reason
+    assert f"  ops: cpu ({automatic.ops_reason})\n" in repr(automatic) and "a batch is only" in automatic.ops_reason
 
 
 @pytest.mark.parametrize("progress", [False, True])
